@@ -1,0 +1,1 @@
+"""Numbers, and what follows from them: specs, presets, instruction sets, Program and Timeline."""

@@ -1,0 +1,1 @@
+"""How work is tiled onto a machine: (graph, spec) -> Program."""

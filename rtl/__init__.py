@@ -1,0 +1,1 @@
+"""The machines themselves, as Amaranth components."""

@@ -1,0 +1,1 @@
+"""The co-simulation harness: one bench drives every target over its host port."""

@@ -1,0 +1,1 @@
+"""Components that every target shares."""

@@ -1,0 +1,1 @@
+"""When it happens: Program -> Timeline, in integer ticks."""

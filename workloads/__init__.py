@@ -1,0 +1,1 @@
+"""What is computed: models, operator graphs, number formats, reference kernels, interpreters."""
