@@ -46,7 +46,9 @@ class Clock:
         """This domain as p cycles in q ticks of `tick`, in lowest terms; it must not be faster."""
         r = tick.period_s / self.period_s
         if r > 1:
-            raise ValueError(f"a domain of period {self.period_s} s is faster than the tick {tick.period_s} s")
+            raise ValueError(
+                f"a domain of period {self.period_s} s is faster than the tick {tick.period_s} s"
+            )
         return Ratio(r.numerator, r.denominator)
 
 

@@ -1,0 +1,63 @@
+"""What a machine is asked to run, and what a mapper answers: the contract between the face and every target."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tilewright.arch.errors import UserError
+from tilewright.arch.isa import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """`context` tokens are cached, `prompt` are prefilled, then `generate` decode steps.
+
+    Decode step i attends to context + prompt + i + 1 tokens. Raises UserError for impossible counts.
+    """
+
+    context: int = 0
+    prompt: int = 0
+    generate: int = 1
+    batch: int = 1
+    lm_head: bool = True
+    embedding: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("context", 0), ("prompt", 0), ("generate", 0), ("batch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not low <= value <= 10**9:
+                raise UserError(f"--{name} must be in {low}..{10**9}, not {value}")
+        if self.prompt + self.generate == 0:
+            raise UserError("nothing to run: --prompt and --generate are both 0")
+
+
+@dataclass(frozen=True)
+class TagInfo:
+    """What a tag of a mapped program stands for: an operator of a layer (-1: outside the layers)."""
+
+    name: str
+    op: str
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapped:
+    """A model mapped onto a machine.
+
+    `tags[i]` describes tag i of the program; `document` is the mapping as a person may read, keep and hand
+    back (`--mapping-out`, `--mapping`); `steps` counts the program's segments, one for each step.
+    """
+
+    program: Program
+    tags: Sequence[TagInfo]
+    steps: int
+    document: Mapping[str, Any]
+    notes: Sequence[str] = field(default=())
+    assumed: Sequence[str] = field(default=())
+
+
+class Progress(Protocol):
+    """Called by long work with (done, total) in its own unit."""
+
+    def __call__(self, done: int, total: int) -> None: ...

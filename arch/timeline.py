@@ -1,0 +1,87 @@
+"""What a cycle model returns: integers only. Seconds and joules are derived outside the kernels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# One row for each (segment, tag) that ran. `first` is the first tick any unit works for it, `end` the last
+# plus one; over a repeated segment they bracket all repetitions, `ticks` sums the spans and `count` counts them.
+SPAN = np.dtype(
+    [("segment", "i8"), ("tag", "i8"), ("first", "i8"), ("end", "i8"), ("ticks", "i8"), ("count", "i8")]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """The result of a run in integer ticks.
+
+    `counters` int64[tags + 1, counter names] and `activity` int64[tags + 1, units, 1 + causes] are kept
+    for each tag; the last row belongs to no tag. `activity[..., 0]` is busy, the rest are stalls by
+    cause: for every unit, busy plus stalls is `ticks`. A unit may stand for `unit_counts` identical ones
+    that do exactly the same; its counters are then already multiplied, its activity is that of one.
+    """
+
+    ticks: int
+    tags: Sequence[str]
+    spans: np.ndarray
+    counter_names: tuple[str, ...]
+    counters: np.ndarray
+    units: tuple[str, ...]
+    causes: tuple[str, ...]
+    activity: np.ndarray
+    unit_counts: tuple[int, ...] = ()
+    labels: Sequence[str] = ()
+    events: int = 0
+    trace: np.ndarray | None = None
+    notes: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        totals = self.activity.sum(axis=(0, 2))
+        for unit, total in zip(self.units, totals, strict=True):
+            if total != self.ticks:
+                raise AssertionError(f"unit {unit}: busy plus stalls is {total}, not {self.ticks} ticks")
+
+    def counter(self, name: str) -> int:
+        return int(self.counters[:, self.counter_names.index(name)].sum())
+
+    def totals(self) -> dict[str, int]:
+        """Each counter over the whole run."""
+        return dict(zip(self.counter_names, (int(v) for v in self.counters.sum(axis=0)), strict=True))
+
+    def unit(self, name: str) -> dict[str, int]:
+        """Busy and stalls of one unit over the whole run: {"busy": n, cause: n, ...}."""
+        row = self.activity[:, self.units.index(name), :].sum(axis=0)
+        return dict(zip(("busy", *self.causes), (int(v) for v in row), strict=True))
+
+    def tag_ticks(self) -> np.ndarray:
+        """Ticks for each tag, int64[tags], summed over segments."""
+        out = np.zeros(len(self.tags), np.int64)
+        np.add.at(out, self.spans["tag"], self.spans["ticks"])
+        return out
+
+    def bound_by(self, tag: int | None = None) -> str:
+        """What binds: the busiest unit and, where it waits more than it works, its largest stall."""
+        rows = self.activity.sum(axis=0) if tag is None else self.activity[tag]
+        unit = int(np.argmax(rows[:, 0]))
+        stalls = rows[unit, 1:]
+        if not rows[unit].any():
+            return ""
+        if not stalls.size or rows[unit, 0] >= stalls.max():
+            return f"{self.units[unit]}"
+        return f"{self.units[unit]}: {self.causes[int(np.argmax(stalls))]}"
+
+
+def fold_spans(tags: np.ndarray, firsts: np.ndarray, ends: np.ndarray, segment: int) -> np.ndarray:
+    """Rows of SPAN for one segment from a log of (tag, first, end): tags that recur are joined.
+
+    A tag's span reaches from its smallest `first` to its largest `end` (tags may overlap).
+    """
+    names, inverse = np.unique(tags, return_inverse=True)
+    out = np.zeros(len(names), SPAN)
+    out["segment"], out["tag"], out["count"] = segment, names, 1
+    out["first"] = np.iinfo(np.int64).max
+    np.minimum.at(out["first"], inverse, firsts)
+    np.maximum.at(out["end"], inverse, ends)
+    out["ticks"] = out["end"] - out["first"]
+    return out

@@ -1,0 +1,56 @@
+"""Where compiled kernels are kept on disk.
+
+Numba notices an edit in the file of a cached kernel but not in the files of what that kernel calls, and would
+go on running the old callee. So the cache folder is named after the contents of every file under `sim/`:
+any edit opens a new, empty folder.
+"""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numba
+
+
+def cache_key(sources: Path) -> str:
+    """The hash of every .py file under `sources`, of the Numba version and of its bounds checking."""
+    h = hashlib.sha256(f"numba {numba.__version__} boundscheck {numba.config.BOUNDSCHECK}".encode())
+    for path in sorted(sources.rglob("*.py")):
+        content = path.read_bytes()
+        h.update(f"\n{path.relative_to(sources).as_posix()} {len(content)}\n".encode())
+        h.update(content)
+    return h.hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    """TILEWRIGHT_CACHE, else ~/.cache/tilewright."""
+    chosen = os.environ.get("TILEWRIGHT_CACHE")
+    return Path(chosen) if chosen else Path("~/.cache/tilewright").expanduser()
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def configure_cache() -> Path:
+    """Point Numba's disk cache at a folder that belongs to the present contents of `sim/`; returns it.
+
+    The folder lies under NUMBA_CACHE_DIR if the user set it, else under `cache_root()`/numba; where that
+    cannot be written, under the system's folder for temporary files. Must run before a kernel is decorated.
+    """
+    key = cache_key(Path(__file__).parent)
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    folder = (Path(chosen) if chosen else cache_root() / "numba") / key
+    if not _writable(folder):
+        # One folder per user: a shared one would belong to whoever came first.
+        folder = Path(tempfile.gettempdir()) / f"tilewright-numba-{os.getuid()}" / key
+        if not _writable(folder):
+            folder = Path(tempfile.mkdtemp(prefix="tilewright-numba-"))
+    numba.config.CACHE_DIR = str(folder)
+    return folder
