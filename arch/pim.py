@@ -351,7 +351,7 @@ class EnergySection(Section):
     """Currents, powers and energies; `kind` and source of each are in the YAML."""
 
     vdd_v: Positive
-    idd0_ma: Positive
+    activate_mw: NonNegative
     idd2n_ma: Positive
     idd3n_ma: Positive
     idd4r_ma: Positive
@@ -548,18 +548,16 @@ def _array(values: object) -> np.ndarray:
 def energy(spec: PimSpec) -> tuple[EnergyRow, ...]:
     """Energy of each event and of background, over all channels, in picojoules.
 
-    DRAM by the usual current formulas (Micron TN-40-07 style): activate and precharge from IDD0 above
-    standby, column accesses from IDD4 above active standby for one burst, refresh from IDD5B, background
-    from IDD3N with a row open and IDD2N without. An all-bank activate costs as much as one for each bank.
+    DRAM by the usual current formulas (as in Micron TN-40-07): column accesses from IDD4 above active standby for
+    one burst, refresh from IDD5B, background from IDD3N with a row open and IDD2N without. Activate and
+    precharge: a power over tRC, as CENT does for GDDR6-AiM. An all-bank activate costs one for each bank.
     """
     e, t, n = spec.energy, spec.dram.timing, spec.timing
     tick = spec.tick_ns
     banks = spec.dram.bankgroups * spec.dram.banks_per_group
     burst_ns = n["n_bl"] * tick
     dq = e.dq_pj_per_bit * spec.dram.column_bytes * 8
-    act = e.vdd_v * (
-        e.idd0_ma * t.t_rc_ns - (e.idd3n_ma * t.t_ras_ns + e.idd2n_ma * (t.t_rc_ns - t.t_ras_ns))
-    )
+    act = e.activate_mw * t.t_rc_ns
     read = e.vdd_v * (e.idd4r_ma - e.idd3n_ma) * burst_ns
     write = e.vdd_v * (e.idd4w_ma - e.idd3n_ma) * burst_ns
     cadence_ns = n["n_ccd_l"] * tick
@@ -567,11 +565,11 @@ def energy(spec: PimSpec) -> tuple[EnergyRow, ...]:
     standby = e.vdd_v * e.idd2n_ma * tick * spec.channels
 
     def row(name: str, counter: str, pj: Fraction, source: str) -> EnergyRow:
-        return EnergyRow(name, counter, max(pj, Fraction(0)), source)
+        return EnergyRow(name, counter, pj, source)
 
     return (
-        row("activate, precharge", "act", act, "energy.idd0_ma, idd3n_ma, idd2n_ma"),
-        row("activate, precharge (all banks)", "act_all", act * banks, "energy.idd0_ma, idd3n_ma, idd2n_ma"),
+        row("activate, precharge", "act", act, "energy.activate_mw"),
+        row("activate, precharge (all banks)", "act_all", act * banks, "energy.activate_mw"),
         row("read", "rd", read + dq, "energy.idd4r_ma, dq_pj_per_bit"),
         row("write", "wr", write + dq, "energy.idd4w_ma, dq_pj_per_bit"),
         row("MAC: bank array", "mac_all", array, "energy.mac_array_reads, idd4r_ma"),

@@ -1,5 +1,6 @@
 """A datum about hardware: value, unit, source and kind. Numbers without these do not enter `arch/`."""
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -7,6 +8,8 @@ from typing import Any, Literal
 from tilewright.arch.errors import UserError
 
 Kind = Literal["published", "derived", "measured", "assumed"]
+# Three digits of exponent at most: 1e999999999 as an exact rational would fill the memory.
+_NUMBER = re.compile(r"\s*[-+]?(\d{1,40}(/\d{1,40})?|\d{0,40}\.?\d{0,40}([eE][-+]?\d{1,3})?)\s*")
 KINDS: tuple[str, ...] = ("published", "derived", "measured", "assumed")
 
 
@@ -36,6 +39,8 @@ def exact(text: Any, where: str = "value") -> Fraction:
     """
     if isinstance(text, bool) or not isinstance(text, (int, float, str, Fraction)):
         raise UserError(f"{where}: must be a number, not {text!r}")
+    if isinstance(text, str) and not _NUMBER.fullmatch(text):
+        raise UserError(f"{where}: must be a finite number, not {text[:40]!r}")
     try:
         value = Fraction(repr(text)) if isinstance(text, float) else Fraction(text)
     except (ValueError, ZeroDivisionError):

@@ -1,6 +1,6 @@
 """The host port: the one interface through which every machine is loaded, started and read back."""
 
-from amaranth import Array, Cat, Mux, Module, Signal
+from amaranth import Array, Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2

@@ -18,7 +18,7 @@ TICK_PS = 1000
 
 
 class _ArrayValue(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("format", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("rawvals", ctypes.c_void_p),

@@ -52,7 +52,7 @@ def _system_verilator():
     """The version line of the `verilator` on PATH; None if there is none or it is too old to say or to work."""
     if shutil.which("verilator") is None:
         return None
-    done = subprocess.run(["verilator", "--version"], capture_output=True, text=True)
+    done = subprocess.run(["verilator", "--version"], check=False, capture_output=True, text=True)
     found = re.search(r"Verilator (\d+)\.(\d+)", done.stdout)
     if not found or (int(found[1]), int(found[2])) < OLDEST_VERILATOR:
         return None
@@ -245,7 +245,13 @@ def build(
             with log.open("w") as file:
                 for command in (verilate, compile_):
                     done = subprocess.run(
-                        command, cwd=work, env=tools.env, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                        command,
+                        check=False,
+                        cwd=work,
+                        env=tools.env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=file,
                     )
                     if done.returncode:
                         raise SimulationError(f"{command[0]} failed on {top}:\n{_tail(log)}")
@@ -300,7 +306,7 @@ class JobResult:
 
 
 # The design's own message, if it has one, then Verilator's: `element out of range[12000] %Error: top.v:9: ...`.
-_ASSERTION = re.compile(r"^(.*)\[\d+\] %(?:Error|Fatal): (.*)$", re.M)
+_ASSERTION = re.compile(r"^(.*)\[\d+\] %(?:Error|Fatal): (.*)$", re.MULTILINE)
 
 
 def _as_bytes(data) -> np.ndarray:
@@ -431,6 +437,7 @@ def run(
             with log.open("w") as file:
                 subprocess.run(
                     command,
+                    check=False,
                     cwd=folder,
                     env=env,
                     timeout=limit_s,

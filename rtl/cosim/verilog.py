@@ -40,6 +40,7 @@ def to_verilog(component, name="top", *, limit_s=120.0):
         try:
             done = subprocess.run(
                 [sys.executable, "-c", _WORKER, *passes],
+                check=False,
                 cwd=folder,
                 capture_output=True,
                 text=True,

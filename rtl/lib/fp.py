@@ -261,7 +261,13 @@ class FpAdd(wiring.Component):
         total = Signal(p + 4)
         m.d.comb += [
             addend.eq(Cat(lost, grown >> shift)),
-            total.eq(Cat(Const(0, 3), large.significand) + (addend ^ subtract.replicate(p + 4)) + subtract),
+            # The bit below carries in.
+            total.eq(
+                (
+                    Cat(Const(1), Const(0, 3), large.significand)
+                    + Cat(subtract, Mux(subtract, ~addend, addend))
+                )[1:]
+            ),
         ]
 
         # Normalise, but no further than the smallest exponent: a bit there ends the count of zeros.

@@ -7,6 +7,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tilewright.arch.errors import UserError
 from tilewright.workloads.models import CONFIGS, builtin_models, load_model
 
@@ -313,7 +314,7 @@ class TestPaths:
     def test_unknown_name(self):
         with pytest.raises(UserError, match=r"model 'gpt2-xxl' is unknown; did you mean gpt2-xl\?"):
             load_model("gpt2-xxl")
-        with pytest.raises(UserError, match="allowed: .*bloom-176b"):
+        with pytest.raises(UserError, match=r"allowed: .*bloom-176b"):
             load_model("")
 
     @pytest.mark.parametrize("name", ["no/such/folder", "none.json"])
@@ -342,7 +343,7 @@ class TestRefusals:
     def test_model_type(self, read):
         with pytest.raises(UserError, match=r":2: model_type 'lama' is unknown; did you mean llama\?"):
             read({"model_type": "lama"})
-        with pytest.raises(UserError, match="model_type is missing; allowed: bert, .*qwen3_moe"):
+        with pytest.raises(UserError, match=r"model_type is missing; allowed: bert, .*qwen3_moe"):
             read({})
         with pytest.raises(UserError, match="model_type must be a name, not 3"):
             read({"model_type": 3})
