@@ -538,3 +538,220 @@ def check_timing(timing: Mapping[str, int]) -> None:
             raise UserError(
                 f"timing: n_refi {timing['n_refi']} must be above n_rfc + n_rp + max(n_ras, n_rtp) = {least} ({said})"
             )
+
+
+# Trace records -----------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """A command that a trace asks for. `row` is the row that ACT opens, or that a column command expects
+    (-1: any). It does not issue before tick `not_before`."""
+
+    command: str
+    bank: int = 0
+    row: int = -1
+    not_before: int = 0
+
+
+class Issued(NamedTuple):
+    """A command that issued at `tick`."""
+
+    tick: int
+    command: str
+    bank: int = 0
+    row: int = -1
+
+
+# Devices -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Organisation:
+    """The arrays of one channel: a row has `columns` of `column_bits`, one column command moves `access_bytes`.
+
+    Raises UserError for a size below 1, or when accesses do not fill the row exactly.
+    """
+
+    bankgroups: int
+    banks_per_group: int
+    rows: int
+    columns: int
+    column_bits: int
+    access_bytes: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"organisation: {name} must be an integer of 1 or more, not {value!r}")
+        if self.columns * self.column_bits % (8 * self.access_bytes):
+            raise UserError(
+                f"organisation: access_bytes {self.access_bytes} must divide the row of "
+                f"{self.columns} columns x {self.column_bits} bits"
+            )
+
+    @property
+    def banks(self) -> int:
+        return self.bankgroups * self.banks_per_group
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * self.column_bits // 8
+
+    @property
+    def accesses_per_row(self) -> int:
+        return self.row_bytes // self.access_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DramPreset:
+    """One device: its standard, clock, timings in ticks of that clock, arrays, and supply where known."""
+
+    name: str
+    title: str
+    standard: Standard
+    clock: Clock
+    timing: Mapping[str, int]
+    organisation: Organisation
+    vdd_v: Fraction | None
+    currents_ma: Mapping[str, Fraction]  # idd0, idd2n, ...; empty when unknown
+    provenance: Mapping[str, Quantity]  # by path: "timing.n_rp", "organisation.rows", ...
+
+    def compile(self, commands: Sequence[str] | None = None) -> DramParams:
+        """`Standard.compile` with this device's numbers."""
+        return self.standard.compile(
+            self.timing,
+            bankgroups=self.organisation.bankgroups,
+            banks_per_group=self.organisation.banks_per_group,
+            commands=commands,
+        )
+
+
+_PRESETS = Path(__file__).parent / "presets" / "dram"
+_PS = {"ps": Fraction(1, 1000), "ns": Fraction(1), "us": Fraction(1000)}  # in ns
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, refusing a key given twice: YAML would silently keep the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise UserError(
+                    f"{key.start_mark.name}:{key.start_mark.line + 1}: key {key.value} is given twice"
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def dram_presets() -> list[str]:
+    """Names of the DRAM devices that come with the package."""
+    return sorted(p.stem for p in _PRESETS.glob("*.yaml"))
+
+
+def load_dram_preset(name: str) -> DramPreset:
+    """The device of that name, or the one described in a YAML file given by its path.
+
+    Timings may be in tCK, or in ps, ns or us: these are rounded up to ticks. Raises UserError on an unknown
+    name, a malformed file, a number without unit, source or kind, and timings that contradict each other.
+    """
+    path = Path(name) if re.search(r"\.ya?ml$", name) else _PRESETS / f"{name}.yaml"
+    if path.parent == _PRESETS and name not in dram_presets():
+        raise UserError(f"unknown DRAM preset {name!r}, {nearest(name, dram_presets())}")
+    try:
+        with path.open() as file:
+            data = yaml.load(file, _UniqueKeys)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    return _preset(path.stem, data, name)
+
+
+_SECTIONS = ("title", "standard", "clock_period", "organisation", "timing", "vdd", "currents")
+
+
+def _preset(name: str, data: Any, where: str) -> DramPreset:
+    sections = _mapping(data, where, allowed=_SECTIONS)
+    for key in _SECTIONS[:5]:
+        if key not in sections:
+            raise UserError(f"{where}: {key} is missing")
+    provenance: dict[str, Quantity] = {}
+
+    def leaf(path: str, node: Any, units: Iterable[str]) -> tuple[Fraction, str]:
+        at = f"{where}: {path}"
+        fields = _mapping(node, at, allowed=("value", "unit", "source", "kind"))
+        for key in ("value", "unit", "source", "kind"):
+            if key not in fields:
+                raise UserError(f"{at}: {key} is missing")
+        if fields["kind"] not in KINDS:
+            raise UserError(f"{at}: kind must be one of {', '.join(KINDS)}, not {fields['kind']!r}")
+        if fields["unit"] not in units:
+            raise UserError(f"{at}: unit must be one of {', '.join(units)}, not {fields['unit']!r}")
+        value = exact(fields["value"], at)
+        provenance[path] = Quantity(
+            value=value, unit=fields["unit"], source=str(fields["source"]), kind=fields["kind"]
+        )
+        return value, fields["unit"]
+
+    def integer(path: str, value: Fraction) -> int:
+        if value.denominator != 1:
+            raise UserError(f"{where}: {path} must be an integer, not {value}")
+        return value.numerator
+
+    standard = STANDARDS.get(sections["standard"])
+    if standard is None:
+        raise UserError(
+            f"{where}: unknown standard {sections['standard']!r}, {nearest(str(sections['standard']), STANDARDS)}"
+        )
+    period, unit = leaf("clock_period", sections["clock_period"], _PS)
+    if period <= 0:
+        raise UserError(f"{where}: clock_period must be above 0, not {period}")
+    clock = Clock.from_ns(period * _PS[unit])
+
+    organisation: dict[str, int] = {}
+    known = tuple(Organisation.__dataclass_fields__)
+    for key, node in _mapping(sections["organisation"], f"{where}: organisation", allowed=known).items():
+        unit = {"column_bits": "bit", "access_bytes": "B"}.get(key, "")
+        path = f"organisation.{key}"
+        organisation[key] = integer(path, leaf(path, node, (unit,))[0])
+    for key in known:
+        if key not in organisation:
+            raise UserError(f"{where}: organisation.{key} is missing")
+
+    timing: dict[str, int] = {}
+    names = tuple(standard.parameters)
+    for key, node in _mapping(sections["timing"], f"{where}: timing", allowed=names).items():
+        path = f"timing.{key}"
+        value, unit = leaf(path, node, ("tCK", *_PS))
+        timing[key] = integer(path, value) if unit == "tCK" else clock.cycles_ns(value * _PS[unit])
+    for key in names:
+        if key not in timing:
+            raise UserError(f"{where}: timing.{key} is missing")
+    standard.check_names(timing)
+    check_timing(timing)
+
+    currents = {
+        key: leaf(f"currents.{key}", node, ("mA",))[0]
+        for key, node in _mapping(sections.get("currents", {}), f"{where}: currents").items()
+    }
+    return DramPreset(
+        name=name,
+        title=str(sections["title"]),
+        standard=standard,
+        clock=clock,
+        timing=MappingProxyType(timing),
+        organisation=Organisation(**organisation),
+        vdd_v=leaf("vdd", sections["vdd"], ("V",))[0] if "vdd" in sections else None,
+        currents_ma=MappingProxyType(currents),
+        provenance=MappingProxyType(provenance),
+    )
+
+
+def _mapping(node: Any, where: str, allowed: Sequence[str] | None = None) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        raise UserError(f"{where}: must be a mapping, not {node!r}")
+    for key in node:
+        if allowed is not None and key not in allowed:
+            raise UserError(f"{where}: unknown key {key!r}, {nearest(str(key), allowed)}")
+    return node

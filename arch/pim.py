@@ -384,6 +384,7 @@ class PimParams(NamedTuple):
     adders: int
     multipliers: int
     dram: DramParams
+    cadence: np.ndarray  # int64[commands]: a command to the same one again on the same bank
     drain: np.ndarray  # int64[channel ops]: last command to completion
     stagger_order: np.ndarray  # int64[banks]: order of single activates, neighbours in different bank groups
     pass_start: np.ndarray  # int64[ops + 1]: passes of operation op are pass_start[op]:pass_start[op + 1]
@@ -506,6 +507,7 @@ class PimSpec(Spec):
             adders=self.asic.adders,
             multipliers=self.asic.multipliers,
             dram=dram,
+            cadence=_array([_cadence(dram, c) for c in range(dram.n_commands)]),
             drain=_array(drain),
             stagger_order=_array(
                 [g * d.banks_per_group + b for b in range(d.banks_per_group) for g in range(d.bankgroups)]
@@ -528,6 +530,12 @@ def mac_latency(lanes: int) -> int:
     One to read bank and buffer, one for the products, one for each level of the adder tree, one to accumulate.
     """
     return 3 + (lanes - 1).bit_length()
+
+
+def _cadence(dram: DramParams, command: int) -> int:
+    rows = range(dram.row_start[command], dram.row_start[command + 1])
+    same = [int(dram.row_latency[r]) for r in rows if dram.row_prev[r] == command and dram.row_window[r] == 1]
+    return max(same, default=1)
 
 
 def _key(name: str) -> str:

@@ -36,9 +36,10 @@ HostPort = wiring.Signature(
 class HostMemory(wiring.Signature):
     """The decoder's side of one memory region of the host map.
 
-    `addr` is the element, `we` one bit per host word of it, `wdata` the host word repeated over the element; `rdata`
-    must be the element at the `addr` of one tick ago. An element of several words is rounded up to whole words.
-    These are the ports of an `amaranth.lib.memory` with a write granularity of one host word.
+    `addr` is the element, `re` reads it, `we` (one bit per host word of it) writes `wdata`, the host word repeated over
+    the element; `rdata` must be the element that was read one tick ago. An element of several words is rounded up to
+    whole words, so a memory needs a write granularity of one host word. `re` and `we` stay 0 during a run, and beyond
+    the last element: the machine may OR its own enables to them.
     """
 
     def __init__(self, region):
@@ -47,6 +48,7 @@ class HostMemory(wiring.Signature):
         super().__init__(
             {
                 "addr": Out(ceil_log2(region.elements)),
+                "re": Out(1),
                 "we": Out(words),
                 "wdata": Out(bits),
                 "rdata": In(bits),
@@ -54,11 +56,31 @@ class HostMemory(wiring.Signature):
         )
 
 
+class HostDecoderSignature(wiring.Signature):
+    """The ports of a `HostDecoder`. Raises ValueError when a region is too wide for its role or has a port's name."""
+
+    def __init__(self, hostmap, registers, status):
+        members = {"host": Out(HostPort), "start": Out(1), "done": In(1)}
+        roles = {registers: (Out, WORD_BITS), status: (In, 2 * WORD_BITS)}
+        for region in hostmap:
+            name, bits = region.name, region.element_bits
+            if name in members:
+                raise ValueError(f"region name {name} is taken by a port of the decoder")
+            if name in roles:
+                flow, widest = roles[name]
+                if bits > widest:
+                    raise ValueError(f"region {name}: element_bits must be at most {widest}, not {bits}")
+                members[name] = flow(bits).array(region.elements)
+            else:
+                members[name] = Out(HostMemory(region))
+        super().__init__(members)
+
+
 class HostDecoder(wiring.Component):
     """Splits the host port into registers, status words and memories.
 
-    Parameters: `hostmap`; `registers` and `status`, the names of the regions that are not memories (None: no such
-    region). Register elements are at most 32 bits, status elements at most 64.
+    Parameters: `hostmap`; `registers` and `status`, the names of the regions that are not memories. Register elements
+    are at most 32 bits, status elements at most 64.
 
     | member | direction | shape | meaning |
     |---|---|---|---|
@@ -75,23 +97,7 @@ class HostDecoder(wiring.Component):
     def __init__(self, hostmap, *, registers="registers", status="status"):
         self._map = hostmap
         self._registers, self._status = registers, status
-        members = {"host": Out(HostPort), "start": Out(1), "done": In(1)}
-        for region in hostmap:
-            if region.name in members:
-                raise ValueError(f"region name {region.name} is taken by a port of the decoder")
-        for name, direction, widest in ((registers, Out, WORD_BITS), (status, In, 2 * WORD_BITS)):
-            if name is None:
-                continue
-            region = hostmap[name]
-            if region.element_bits > widest:
-                raise ValueError(
-                    f"region {name}: element_bits must be at most {widest}, not {region.element_bits}"
-                )
-            members[name] = direction(region.element_bits).array(region.elements)
-        for region in hostmap:
-            if region.name not in (registers, status):
-                members[region.name] = Out(HostMemory(region))
-        super().__init__(members)
+        super().__init__(HostDecoderSignature(hostmap, registers, status))
 
     def elaborate(self, platform):
         m = Module()
@@ -130,6 +136,7 @@ class HostDecoder(wiring.Component):
                 value = ports.rdata
                 m.d.comb += [
                     ports.addr.eq(element),
+                    ports.re.eq(selected & inside & self.done),
                     ports.wdata.eq(host.wdata.replicate(region.element_words)),
                     ports.we.eq(Cat(write & (word == i) for i in range(region.element_words))),
                 ]

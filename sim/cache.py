@@ -12,6 +12,11 @@ from pathlib import Path
 
 import numba
 
+# Options of njit for small functions in an inner loop that take NamedTuples of arrays. They are inlined,
+# and without `_nrt` every call would count a reference up and down for each array of the tuple, which takes
+# ten times longer than the work. Such a function must not allocate, nor return an array.
+INNER = {"cache": True, "forceinline": True, "_nrt": False}
+
 
 def cache_key(sources: Path) -> str:
     """The hash of every .py file under `sources`, of the Numba version and of its bounds checking."""

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from tilewright.arch.dram import Array, DramParams, Effect, Needs, Scope
+from tilewright.sim.cache import INNER
 
 NEVER = -(2**40)  # the tick of a command that has not been issued: older than any latency
 
@@ -40,7 +41,7 @@ def new_state(params: DramParams) -> DramState:
     )
 
 
-@njit(cache=True)
+@njit(**INNER)
 def ready_tick(p, s, command, bank):
     """The earliest tick at which the constraints let `command` issue, 0 if none binds.
 
@@ -64,12 +65,13 @@ def ready_tick(p, s, command, bank):
     return ready
 
 
-@njit(cache=True)
+@njit(**INNER)
 def charge(p, s, command, bank, start, end, stalls):
     """Charge the ticks start..end-1, in which `command` waits, to the causes that hold it back.
 
     Each tick goes to the first cause, in charging order, with a constraint unmet in that tick; `stalls`
     [n_causes] is added to. Ticks in which nothing is unmet are charged to nobody. Call before `record`.
+    Returns the tick at which the command may issue, `end` if that comes first.
     """
     charged = start
     bank_node = 1 + p.n_bankgroups + bank
@@ -84,9 +86,10 @@ def charge(p, s, command, bank, start, end, stalls):
         if t > charged:
             stalls[p.row_cause[row]] += t - charged
             charged = t
+    return charged
 
 
-@njit(cache=True)
+@njit(**INNER)
 def _first_bank(p, command, bank):
     """The first of the banks that `command` addresses."""
     scope = p.cmd_scope[command]
@@ -97,7 +100,7 @@ def _first_bank(p, command, bank):
     return 0
 
 
-@njit(cache=True)
+@njit(**INNER)
 def _end_bank(p, command, bank):
     """One past the last of the banks that `command` addresses."""
     scope = p.cmd_scope[command]
@@ -108,7 +111,7 @@ def _end_bank(p, command, bank):
     return p.n_banks
 
 
-@njit(cache=True)
+@njit(**INNER)
 def legal_state(p, s, command, bank, row):
     """Whether the banks are in the state that `command` needs.
 
@@ -131,7 +134,7 @@ def legal_state(p, s, command, bank, row):
     return True
 
 
-@njit(cache=True)
+@njit(**INNER)
 def apply_effect(p, open_row, command, bank, row):
     """Open or close the rows in `open_row` [n_banks] that `command` opens or closes."""
     effect = p.cmd_effect[command]
@@ -145,14 +148,14 @@ def apply_effect(p, open_row, command, bank, row):
         open_row[b] = opened
 
 
-@njit(cache=True)
+@njit(**INNER)
 def _remember(last, node, command, depth, tick):
     for w in range(depth - 1, 0, -1):
         last[node, command, w] = last[node, command, w - 1]
     last[node, command, 0] = tick
 
 
-@njit(cache=True)
+@njit(**INNER)
 def record(p, s, command, bank, row, tick):
     """`command` issues at `tick`: enter it in the history of its nodes and move the open rows."""
     depth = p.cmd_history[command]

@@ -1,15 +1,15 @@
 """The operator graph of one pass through a transformer: shapes, operations, bytes and data dependences.
 
-`prefill` pushes a prompt through the model, `decode_step` one token per sequence. Attention is counted exactly:
-a query attends to the keys at or before it, no further back than a sliding window reaches.
+`prefill` pushes a prompt through the model, `decode_step` one token per sequence. Attention is counted
+exactly: a query attends to the keys at or before it, no further back than a sliding window reaches.
 
 Operations (FLOPs) are 2 per multiply-accumulate, plus, per operator:
 
 | operator                | other FLOPs                                                                     |
 |-------------------------|---------------------------------------------------------------------------------|
 | bias                    | 1 per output element                                                            |
-| layernorm over n        | 7 n + 4: sum, subtract, square, accumulate, scale, gain, bias; 2 means, + eps, rsqrt |
-| rmsnorm over n          | 4 n + 3: square, accumulate, scale, gain; mean, + eps, rsqrt                     |
+| layernorm over n        | 7 n + 4: sum, subtract, square, accumulate, scale, gain, bias; means, eps, rsqrt |
+| rmsnorm over n          | 4 n + 3: square, accumulate, scale, gain; mean, eps, rsqrt                       |
 | rotary                  | 3 per element: 4 multiplications and 2 additions rotate a pair                  |
 | softmax                 | 6 per score: 1/sqrt(d) scale, maximum, subtract, exp, sum, divide; +1 for ALiBi |
 | activation              | 1 per element, whatever the function                                            |
@@ -76,14 +76,14 @@ class _Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator(_Traffic):
-    """One operator: `instances` independent ones of shape (m, k) x (k, n), or of m rows of n elements (k = 0)."""
+    """One operator: `instances` products of shape (m, k) x (k, n), or of m rows of n elements (k = 0)."""
 
     name: str
     kind: OpKind
     layer: int
     """-1 outside the layers."""
     inputs: tuple[int, ...]
-    """Indices in the graph of the operators whose results this one reads; the graph's own input is not listed."""
+    """Indices in the graph of the operators that it reads from; the graph's own input is not listed."""
     m: int
     k: int = 0
     n: int
@@ -164,7 +164,7 @@ def _moved(op: Operator, layer: int, shift: int) -> Operator:
 
 
 def attended_pairs(tokens: int, context: int, window: int | None) -> int:
-    """(query, key) pairs of `tokens` causal queries behind `context` cached ones: sum of min(context + i, window).
+    """(query, key) pairs of `tokens` queries behind `context` cached ones: sum of min(context + i, window).
 
     >>> attended_pairs(4, 0, None), attended_pairs(4, 0, 2), attended_pairs(1, 9, None)
     (10, 7, 10)
@@ -274,8 +274,8 @@ class _Builder:
         if model.position == "rotary":
             size = rows * (q + kv)
             query = self.emit(
-                "rotary", OpKind.ROTARY, (query,), m=rows, n=q + kv, other_flops=3 * size, input_elements=size,
-                output_elements=size,
+                "rotary", OpKind.ROTARY, (query,), m=rows, n=q + kv, other_flops=3 * size,
+                input_elements=size, output_elements=size,
             )  # fmt: skip
         source = query
         if model.causal:
@@ -369,7 +369,7 @@ class _Builder:
         return self.add("mlp_add", x, self.mlp(self.norm("mlp_norm", x, rows, d)))
 
     def add_layer(self, layer: int, x: int | None) -> int:
-        """The layer by itself, or a copy of an earlier one of the same shape: a step of a deep model is built often."""
+        """The layer, as a copy of an earlier one where their shapes agree: deep models are built often."""
         self.layer = layer
         alike = (self.model.window(layer), self.model.is_moe(layer))
         if alike in self.first_alike:
@@ -448,7 +448,7 @@ def prefill(
     model: ModelConfig, *, prompt: int, context: int = 0, batch: int = 1, lm_head: bool = True,
     embedding: bool = True,
 ) -> Graph:  # fmt: skip
-    """`prompt` new tokens for each of `batch` sequences, behind `context` cached ones; the LM head for the last.
+    """`prompt` new tokens for each of `batch` sequences behind `context` cached ones; LM head for the last.
 
     An encoder sees all tokens from every token, keeps no cache and has no head. `lm_head`, `embedding`
     and errors as in `decode_step`.

@@ -85,7 +85,7 @@ class ModelConfig:
     experts_per_token: int = 0
     d_expert: int = 0
     d_shared_expert: int = 0
-    """Width of an expert that sees every token behind a sigmoid gate of its own; 0: none (Qwen2-MoE has one)."""
+    """Width of an expert that sees every token behind a sigmoid gate (Qwen2-MoE); 0: none."""
     dense_layers: tuple[int, ...] = ()
     """Layers of a mixture-of-experts model that keep a dense FFN."""
     sliding_window: int | None = None
@@ -561,8 +561,8 @@ def builtin_models() -> list[str]:
 def load_model(name_or_path: str | Path) -> ModelConfig:
     """The model of a built-in name, of a `config.json`, or of the folder that holds one.
 
-    Anything that contains "/", ends in ".json" or exists is a path; but a built-in name stays one whatever lies
-    in the current folder ("./gpt2-xl" is that folder). `rope_scaling` and `quantization_config`
+    Anything that contains "/", ends in ".json" or exists is a path; but a built-in name stays one
+    whatever lies in the current folder ("./gpt2-xl" is that folder). `rope_scaling` and `quantization_config`
     change values and not shapes, and are not read. Beside the published keys a file may give `head_dim` in
     any family, `_source` and `_note`.
 

@@ -16,7 +16,7 @@ import sys
 from pyosys import libyosys
 design = libyosys.Design()
 for command in sys.argv[1:]:
-    libyosys.run_pass(f"tee -q {command}", design)
+    libyosys.run_pass(command, design)
 """
 
 

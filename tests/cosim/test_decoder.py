@@ -6,7 +6,7 @@ from amaranth.lib.memory import Memory
 from amaranth.sim import Simulator
 
 from tilewright.arch.hostmap import HostMap, Region
-from tilewright.rtl.host import HostDecoder
+from tilewright.rtl.host import HostDecoder, HostDecoderSignature
 
 HOSTMAP = HostMap([Region("registers", 3, 20), Region("status", 2, 40), Region("memory", 6, 40)])
 
@@ -17,7 +17,7 @@ def simulate(bench):
     m.submodules.memory = memory = Memory(shape=64, depth=6, init=[])
     read, write = memory.read_port(), memory.write_port(granularity=32)
     port = decoder.memory
-    m.d.comb += [read.addr.eq(port.addr), port.rdata.eq(read.data)]
+    m.d.comb += [read.addr.eq(port.addr), read.en.eq(port.re), port.rdata.eq(read.data)]
     m.d.comb += [write.addr.eq(port.addr), write.data.eq(port.wdata), write.en.eq(port.we)]
 
     async def testbench(ctx):
@@ -53,7 +53,7 @@ def test_every_word_of_the_map_keeps_its_own_value():
             for element in range(HOSTMAP[region].elements):
                 for word in range(HOSTMAP[region].element_words):
                     address = HOSTMAP.base(region, element) + word
-                    value = 0x80000000 + address * 0x1001
+                    value = 0x80000000 + (address + 1) * 0x1001
                     await write(address, value)
                     expected[address] = value & 0xFFFFF if region == "registers" else value
         ctx.set(decoder.status[0], 0x12_3456_789A)
@@ -84,6 +84,26 @@ def test_writes_and_start_are_ignored_during_a_run():
     simulate(bench)
 
 
+def test_memories_are_enabled_for_their_own_elements_only():
+    async def bench(ctx, decoder, write, read):
+        base = HOSTMAP.base("memory")
+        ctx.set(decoder.host.we, 1)
+        seen = []
+        for address in range(2 * HOSTMAP.words()):
+            ctx.set(decoder.host.addr, address)
+            await ctx.delay(0)
+            if ctx.get(decoder.memory.re) or ctx.get(decoder.memory.we):
+                seen.append((address, ctx.get(decoder.memory.re), ctx.get(decoder.memory.we)))
+        # 6 elements of two words; the block of 16 words has room for two more, which are nobody's.
+        assert seen == [(base + i, 1, 1 << i % 2) for i in range(12)]
+        ctx.set(decoder.host.addr, base)
+        ctx.set(decoder.done, 0)
+        await ctx.delay(0)
+        assert ctx.get(decoder.memory.re) == 0 and ctx.get(decoder.memory.we) == 0
+
+    simulate(bench)
+
+
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
@@ -97,4 +117,4 @@ def test_writes_and_start_are_ignored_during_a_run():
 )
 def test_maps_that_cannot_be_decoded(regions, message):
     with pytest.raises(ValueError, match=message):
-        HostDecoder(HostMap(regions))
+        HostDecoderSignature(HostMap(regions), "registers", "status")

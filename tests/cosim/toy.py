@@ -1,12 +1,13 @@
-"""A machine small enough to check by hand: it adds two memories into a third."""
+"""A machine small enough to check by hand: it adds two memories and a black box into a third."""
 
-from amaranth import Assert, ClockSignal, Instance, Module, Signal
+from amaranth import Assert, Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Out, connect, flipped
 
 from tilewright.arch.hostmap import HostMap, Region
 from tilewright.rtl.host import HostDecoder, HostPort
+from tilewright.rtl.lib.memory import BlackBoxMemory
 
 WORDS = 16
 HOSTMAP = HostMap(
@@ -19,19 +20,12 @@ HOSTMAP = HostMap(
     ]
 )
 
-# 40-bit words, so that a row is neither a power of two of bytes nor one machine word.
-CELLS = """
-module toy_cells(input clk, input [3:0] addr, output reg [39:0] data);
-  reg [39:0] mem [0:15];
-  always @(posedge clk) data <= mem[addr];
-endmodule
-"""
-
 
 class Adder(wiring.Component):
     """total[i] = (a[i] + b[i] + cells[i]) << 32 | mark for i < count, one element every latency + 1 ticks.
 
     A run takes max(count, 1) * (latency + 1) ticks. `count` beyond the memories fails an assertion.
+    The cells answer one tick late, so at latency 0 the cell of the element before is added.
     """
 
     host: Out(HostPort)
@@ -61,8 +55,9 @@ class Adder(wiring.Component):
             operand = memory.read_port(domain="comb")
             m.d.comb += operand.addr.eq(index)
             operands.append(operand.data)
-        cell = Signal(40)
-        m.submodules.cells = Instance("toy_cells", i_clk=ClockSignal("sync"), i_addr=index[:4], o_data=cell)
+        # 40-bit words, so that a row is neither a power of two of bytes nor one machine word.
+        m.submodules.cells = cells = BlackBoxMemory(width=40, depth=WORDS)
+        m.d.comb += [cells.read_enable.eq(index < WORDS), cells.read_address.eq(index)]
 
         port = decoder.total
         m.submodules.total = memory = Memory(shape=96, depth=WORDS, init=[])
@@ -75,7 +70,7 @@ class Adder(wiring.Component):
             port.rdata.eq(read.data),
             write.addr.eq(index),
             write.data[:32].eq(mark),
-            write.data[32:72].eq(operands[0] + operands[1] + cell),
+            write.data[32:72].eq(operands[0] + operands[1] + cells.read_data),
             write.en.eq(running & (waited == latency) & (index < count)),
         ]
 

@@ -66,7 +66,7 @@ class Units(wiring.Component):
 def units():
     component = Units()
     names = list(component.units)
-    program = vectors.build(component, names)
+    program = vectors.build_combinational(component, names)
     return lambda a, b: vectors.evaluate(program, names, a, b)
 
 

@@ -1,16 +1,17 @@
-"""A bench for combinational units: operands in, results out, through Verilator and a plain C++ main."""
+"""A bench for single units: Verilator and a plain C++ main that reads stimuli and writes results."""
 
 import hashlib
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
 from tilewright.rtl.cosim.simulator import cache_root, prepare_simulator
 from tilewright.rtl.cosim.verilog import to_verilog
 
-_MAIN = """
+_COMBINATIONAL = """
 #include "Vtop.h"
 #include "verilated.h"
 #include <cstdint>
@@ -32,29 +33,45 @@ int main() {
 """
 
 
-def build(component, outputs):
-    """The program that evaluates a component with 32-bit ports a and b, and ports named as in `outputs`."""
+def build(component, main, *, sources=(), options=()):
+    """The program that a C++ main and a component make; the component's Verilator class is `Vtop`.
+
+    `sources` are further Verilog files, `options` go to Verilator. Assertions of the design are checked.
+    """
     tools = prepare_simulator()
-    verilog = to_verilog(component)
-    main = _MAIN.replace("OUTPUTS", ", ".join(f"top.{name}" for name in outputs))
-    digest = hashlib.sha256("\0".join([verilog, main, *tools.versions]).encode()).hexdigest()[:24]
+    files = {path.name: path.read_text() for path in map(Path, sources)}
+    files |= {"top.v": to_verilog(component), "main.cpp": main}
+    verilate = [
+        "verilator",
+        "--cc",
+        "--exe",
+        "--assert",
+        "-Wno-fatal",
+        "--top-module",
+        "top",
+        *options,
+        *files,
+    ]
+    compile_ = ["make", "-C", "obj_dir", "-f", "Vtop.mk", *tools.make_variables]
+    digest = hashlib.sha256(repr([files, verilate, compile_, tools.versions]).encode()).hexdigest()[:24]
     program = cache_root() / "vectors" / digest
     if not program.exists():
         program.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=program.parent) as folder:
-            work = program.parent / folder
-            (work / "top.v").write_text(verilog)
-            (work / "main.cpp").write_text(main)
-            for command in (
-                ["verilator", "--cc", "--exe", "-Wno-fatal", "--top-module", "top", "main.cpp", "top.v"],
-                ["make", "-C", "obj_dir", "-f", "Vtop.mk", *tools.make_variables],
-            ):
+            for name, text in files.items():
+                Path(folder, name).write_text(text)
+            for command in (verilate, compile_):
                 done = subprocess.run(
-                    command, check=False, cwd=work, env=tools.env, capture_output=True, text=True
+                    command, check=False, cwd=folder, env=tools.env, capture_output=True, text=True
                 )
                 assert done.returncode == 0, done.stdout + done.stderr
-            shutil.move(work / "obj_dir" / "Vtop", program)
+            shutil.move(Path(folder, "obj_dir", "Vtop"), program)
     return program
+
+
+def build_combinational(component, outputs):
+    """The program for a component with 32-bit ports a and b, and the named outputs of up to 32 bits."""
+    return build(component, _COMBINATIONAL.replace("OUTPUTS", ", ".join(f"top.{name}" for name in outputs)))
 
 
 def evaluate(program, outputs, a, b):
