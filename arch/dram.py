@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -297,7 +297,7 @@ def _column(values: Iterable[Any]) -> Array:
 # Latency expressions -----------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(text: str) -> ast.expr:
     return ast.parse(text, mode="eval").body
 
@@ -636,6 +636,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused below, as a key that is not text
             if key.value in seen:
                 raise UserError(
                     f"{key.start_mark.name}:{key.start_mark.line + 1}: key {key.value} is given twice"

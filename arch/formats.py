@@ -18,8 +18,8 @@ class FloatFormat:
     format has no infinity, and only the encoding with all bits set (of either sign) is a NaN, as in OCP
     E4M3: an overflow then gives NaN.
 
-    Raises UserError for fewer than 2 or more than 8 exponent bits, or fewer than 1 or more than 23
-    mantissa bits: every value of every format is then a binary32 value.
+    Raises UserError for fewer than 2 or more than 8 exponent bits (7 without infinity), or fewer than 1 or
+    more than 23 mantissa bits: every value of every format is then a binary32 value.
 
     >>> BF16.width, BF16.bias, hex(BF16.nan), hex(BF16.max_finite)
     (16, 127, '0x7fc0', '0x7f7f')
@@ -31,7 +31,7 @@ class FloatFormat:
     has_inf: bool = True
 
     def __post_init__(self) -> None:
-        for what, low, high in (("exponent_bits", 2, 8), ("mantissa_bits", 1, 23)):
+        for what, low, high in (("exponent_bits", 2, 8 if self.has_inf else 7), ("mantissa_bits", 1, 23)):
             value = getattr(self, what)
             if not low <= value <= high:
                 raise UserError(f"float format {self.name}: {what} must be in {low}..{high}, not {value!r}")

@@ -1,7 +1,7 @@
 """The host's view of a device: named regions in a 24-bit space of 32-bit words.
 
-Pure data, so that whoever writes a program, the RTL that decodes it and the bench that loads it derive the same
-addresses from the same widths and counts.
+Pure data, so that whoever writes a program, the RTL that decodes it and the bench that loads it derive the
+same addresses from the same widths and counts.
 """
 
 import operator
@@ -29,8 +29,8 @@ def _power_of_two_from(n: int) -> int:
 class Region:
     """`elements` values of `element_bits` each.
 
-    An element starts at a word of its own and takes a power of two of words, so that hardware splits an address
-    into element and word by its bits alone.
+    An element starts at a word of its own and takes a power of two of words, so that hardware splits an
+    address into element and word by its bits alone.
     """
 
     name: str
@@ -112,7 +112,7 @@ class HostMap:
         return self._words
 
     def base(self, name: str, element: int = 0) -> int:
-        """The word address of one element. Raises KeyError for an unknown region, IndexError beyond its end."""
+        """The word address of an element. Raises KeyError for an unknown region, IndexError beyond it."""
         region = self[name]
         if not 0 <= element < region.elements:
             raise IndexError(f"region {name} has elements 0 to {region.elements - 1}, not {element}")
@@ -122,8 +122,8 @@ class HostMap:
         """Elements as host words, (n,) integers -> (n * stride,) uint32; least significant word first.
 
         Negative values become two's complement. Elements wider than 64 bits are Python ints in a list or an
-        object array. Raises ValueError for more values than the region has elements, and for a value that does
-        not fit.
+        object array. Raises ValueError for more values than the region has elements, and for a value that
+        does not fit.
         """
         region = self[name]
         array = values if isinstance(values, np.ndarray) else np.array(values, object)
@@ -156,7 +156,8 @@ class HostMap:
         flat = np.asarray(words, np.uint32)
         if flat.ndim != 1 or len(flat) % region.stride or len(flat) > region.words:
             raise ValueError(
-                f"region {name} has {region.elements} elements of {region.stride} words, not shape {flat.shape}"
+                f"region {name} has {region.elements} elements of {region.stride} words, "
+                f"not shape {flat.shape}"
             )
         rows = flat.reshape(-1, region.stride)[:, : region.element_words]
         mask = (1 << region.element_bits) - 1

@@ -249,8 +249,8 @@ def asic_passes(asic: "AsicSection") -> dict[str, tuple[Pass, ...]]:
         "GELU": (
             Pass("cubic", 1, 4, 4 * m + a),
             Pass("exp", exp_adds, exp_muls, exp_depth),
-            Pass("reciprocal", 2 + rec_adds, 1 + rec_muls, a + rec_depth + m),
-            Pass("gate", 1, 2, a + m),
+            Pass("reciprocal", 1 + rec_adds, rec_muls, a + rec_depth),
+            Pass("gate", 0, 1, m),
         ),
         "SILU": (
             Pass("exp", exp_adds, exp_muls, exp_depth),

@@ -36,10 +36,10 @@ HostPort = wiring.Signature(
 class HostMemory(wiring.Signature):
     """The decoder's side of one memory region of the host map.
 
-    `addr` is the element, `re` reads it, `we` (one bit per host word of it) writes `wdata`, the host word repeated over
-    the element; `rdata` must be the element that was read one tick ago. An element of several words is rounded up to
-    whole words, so a memory needs a write granularity of one host word. `re` and `we` stay 0 during a run, and beyond
-    the last element: the machine may OR its own enables to them.
+    `addr` is the element, `re` reads it, `we` (one bit per host word of it) writes `wdata`, the host word
+    repeated over the element; `rdata` must be the element that was read one tick ago. An element of several
+    words is rounded up to whole words, so a memory needs a write granularity of one host word. `re` and `we`
+    stay 0 during a run, and beyond the last element: the machine may OR its own enables to them.
     """
 
     def __init__(self, region):
@@ -57,7 +57,7 @@ class HostMemory(wiring.Signature):
 
 
 class HostDecoderSignature(wiring.Signature):
-    """The ports of a `HostDecoder`. Raises ValueError when a region is too wide for its role or has a port's name."""
+    """The ports of a `HostDecoder`. Raises ValueError for a region too wide or named as a port."""
 
     def __init__(self, hostmap, registers, status):
         members = {"host": Out(HostPort), "start": Out(1), "done": In(1)}
@@ -79,8 +79,8 @@ class HostDecoderSignature(wiring.Signature):
 class HostDecoder(wiring.Component):
     """Splits the host port into registers, status words and memories.
 
-    Parameters: `hostmap`; `registers` and `status`, the names of the regions that are not memories. Register elements
-    are at most 32 bits, status elements at most 64.
+    Parameters: `hostmap`; `registers` and `status`, the names of the regions that are not memories. Register
+    elements are at most 32 bits, status elements at most 64.
 
     | member | direction | shape | meaning |
     |---|---|---|---|

@@ -7,20 +7,25 @@ any edit opens a new, empty folder.
 
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import numba
+
+_CONFIG: Any = numba.config  # its attributes are set at run time, unseen by type checkers
 
 # Options of njit for small functions in an inner loop that take NamedTuples of arrays. They are inlined,
 # and without `_nrt` every call would count a reference up and down for each array of the tuple, which takes
 # ten times longer than the work. Such a function must not allocate, nor return an array.
-INNER = {"cache": True, "forceinline": True, "_nrt": False}
+INNER: dict[str, Any] = {"cache": True, "forceinline": True, "_nrt": False}
 
 
 def cache_key(sources: Path) -> str:
     """The hash of every .py file under `sources`, of the Numba version and of its bounds checking."""
-    h = hashlib.sha256(f"numba {numba.__version__} boundscheck {numba.config.BOUNDSCHECK}".encode())
+    h = hashlib.sha256(f"numba {numba.__version__} boundscheck {_CONFIG.BOUNDSCHECK}".encode())
     for path in sorted(sources.rglob("*.py")):
         content = path.read_bytes()
         h.update(f"\n{path.relative_to(sources).as_posix()} {len(content)}\n".encode())
@@ -43,6 +48,14 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+def _forget_unused(root: Path, days: int = 30) -> None:
+    """Remove the folders of former contents of `sim/` that no run has used for so long."""
+    for folder in root.iterdir():
+        named_by_hash = len(folder.name) == 16 and set(folder.name) <= set("0123456789abcdef")
+        if named_by_hash and folder.stat().st_mtime < time.time() - 86400 * days:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def configure_cache() -> Path:
     """Point Numba's disk cache at a folder that belongs to the present contents of `sim/`; returns it.
 
@@ -57,5 +70,7 @@ def configure_cache() -> Path:
         folder = Path(tempfile.gettempdir()) / f"tilewright-numba-{os.getuid()}" / key
         if not _writable(folder):
             folder = Path(tempfile.mkdtemp(prefix="tilewright-numba-"))
-    numba.config.CACHE_DIR = str(folder)
+    os.utime(folder)
+    _forget_unused(folder.parent)
+    _CONFIG.CACHE_DIR = str(folder)
     return folder

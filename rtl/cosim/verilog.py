@@ -23,8 +23,8 @@ for command in sys.argv[1:]:
 def to_verilog(component, name="top", *, limit_s=120.0):
     """The Verilog of an Amaranth component, as text.
 
-    Raises UserError when Yosys is not installed or needs more than `limit_s` seconds, RuntimeError with Yosys' own
-    message when it refuses the design.
+    Raises UserError when Yosys is not installed or needs more than `limit_s` seconds, RuntimeError with
+    Yosys' own message when it refuses the design.
     """
     if importlib.util.find_spec("pyosys") is None:
         raise UserError("Verilog needs pyosys, which is not installed: pip install tilewright[rtl]")

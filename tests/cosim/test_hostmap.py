@@ -14,8 +14,8 @@ REGIONS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 200)), min_size=
 
 def test_layout_by_hand():
     hostmap = HostMap([Region("a", 3), Region("b", 5, 72), Region("c", 1, 8)])
-    # a: 3 words in a block of 4, at 0. b: 72 bits are 3 words, stride 4, 20 words in a block of 32: next multiple
-    # of 32 after 4. c: one word, right behind.
+    # a: 3 words in a block of 4, at 0. b: 72 bits are 3 words, stride 4, 20 words in a block of 32: next
+    # multiple of 32 after 4. c: one word, right behind.
     assert [hostmap.base(name) for name in "abc"] == [0, 32, 64]
     assert hostmap.base("b", 4) == 32 + 4 * 4
     assert hostmap.words() == 65

@@ -179,7 +179,7 @@ def test_waves(toy, verilog, tmp_path):
     assert text.startswith("$version") and "host__addr" in text and "$enddefinitions" in text
 
 
-# --- the cache -------------------------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------------------
 
 
 class Echo(wiring.Component):
@@ -252,7 +252,7 @@ def test_two_processes_build_once(cache, tmp_path):
     assert first == second and first[1] == "11"
 
 
-# --- tools -----------------------------------------------------------------------------------------------------
+# --- tools --------------------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_named(monkeypatch):

@@ -28,6 +28,8 @@ double sc_time_stamp() { return 0; }
 int main() {
     Vtop top;
     top.rst = 0;
+    top.clk = 0;
+    top.eval();  // initial blocks
     char line[1024];
     while (fgets(line, sizeof line, stdin)) {
         line[strcspn(line, "\\n")] = 0;
