@@ -19,6 +19,7 @@ from pydantic import model_validator
 from tilewright.arch.clock import Clock
 from tilewright.arch.dram import GDDR6, Command, Constraint, DramParams, Effect, Needs, Scope
 from tilewright.arch.energy import EnergyRow
+from tilewright.arch.hostmap import HostMap, Region
 from tilewright.arch.isa import Field, InstructionSet, Op, Record
 from tilewright.arch.spec import NonNegative, Positive, Section, Spec
 
@@ -317,7 +318,12 @@ class DramSection(Section):
             raise ValueError(
                 f"row_bytes {self.row_bytes} must be a multiple of column_bytes {self.column_bytes}"
             )
-        if self.row_bytes // self.column_bytes > 1 << 12:
+        columns = self.row_bytes // self.column_bytes
+        if columns & (columns - 1):
+            raise ValueError(
+                f"row_bytes {self.row_bytes} / column_bytes {self.column_bytes} must be a power of two, not {columns}"
+            )
+        if columns > 1 << 12:
             raise ValueError(
                 f"row_bytes {self.row_bytes} holds more than {1 << 12} columns of {self.column_bytes} bytes"
             )
@@ -548,6 +554,53 @@ def _array(values: object) -> np.ndarray:
     out = np.array(values, np.int64)
     out.flags.writeable = False
     return out
+
+
+# ---- host port ----------------------------------------------------------------------------------------
+
+
+def registers(p: PimParams) -> list[str]:
+    """Names of the RTL's registers, in order: everything about time that is not structure."""
+    rows = [f"latency_{r}" for r in range(len(p.dram.row_prev))]
+    return [
+        "length",
+        "n_refi",
+        "staggered",
+        "asic_p",
+        "asic_q",
+        *(f"drain_{o}" for o in range(len(p.drain))),
+        *rows,
+    ]
+
+
+def register_values(p: PimParams, length: int) -> list[int]:
+    """What the registers hold for a program of `length` instructions."""
+    own = [length, p.n_refi, p.staggered, p.asic_p, p.asic_q]
+    return [*own, *(int(v) for v in p.drain), *(int(v) for v in p.dram.row_latency)]
+
+
+def status_names(p: PimParams) -> list[str]:
+    """Names of the RTL's read-only words: counters and stalls as the Timeline names them, accumulators last."""
+    stalls = ("busy", *CAUSES)
+    names = ["ticks", *(f"sequencer.{s}" for s in stalls)]
+    for c in range(p.channels):
+        names += [f"channel {c}.{n}" for n in (*COUNTERS, *stalls)]
+    return names + [f"acc {c}.{b}" for c in range(p.channels) for b in range(p.n_banks)]
+
+
+def hostmap(p: PimParams, depth: int) -> HostMap:
+    """Regions of the host port for a code memory of `depth` instructions; the DRAM arrays are not among them."""
+    column = 16 * p.lanes
+    return HostMap(
+        [
+            Region("registers", len(registers(p))),
+            Region("status", len(status_names(p))),
+            Region("code", depth, ISA.record("code").bits),
+            Region("log", depth, 64),
+            Region("sram", p.sram_columns, column),
+            *(Region(f"gb_{c}", p.gb_columns, column) for c in range(p.channels)),
+        ]
+    )
 
 
 # ---- energy -------------------------------------------------------------------------------------------

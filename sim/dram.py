@@ -199,7 +199,9 @@ def _logged(log, n, tick, command, bank, row):
     """`log` [capacity, 4] with one more entry at n, in a larger array where it was full."""
     if n == log.shape[0]:
         larger = np.empty((2 * n, 4), np.int64)
-        larger[:n] = log
+        for i in range(n):  # a slice assignment compiles for seconds
+            for k in range(4):
+                larger[i, k] = log[i, k]
         log = larger
     log[n, 0] = tick
     log[n, 1] = command
@@ -235,7 +237,7 @@ def _bank_to_reopen(p, s, command, bank, believed):
 @njit(cache=True)
 def _refresh_now(p, s, upkeep, start, log, n, stalls):
     """Close all rows if any is open, then refresh; returns the log, its length and the tick after."""
-    if s.open_row.max() >= 0:
+    if not legal_state(p, s, upkeep.refresh, 0, -1):
         tick = _send(p, s, upkeep.close_all, 0, -1, start, stalls)
         log = _logged(log, n, tick, upkeep.close_all, 0, -1)
         n += 1
@@ -250,7 +252,7 @@ def _replay_in_order(p, s, view, upkeep, trace, until, stalls):
     """Issue trace [n, 4] (command, bank, row, not_before) in order, each as early as it may.
 
     `view` shares the history of `s`, and holds the rows as they would be without refreshes. Returns the log
-    [m, 4] (tick, command, bank, row), the ticks of the trace's commands [n], ticks in all, idle ticks,
+    [capacity, 4] (tick, command, bank, row), its length, the ticks of the trace's commands [n], ticks in all, idle ticks,
     and the number of the first command whose bank state is wrong (-1 if none).
     """
     n_trace = trace.shape[0]
@@ -266,7 +268,7 @@ def _replay_in_order(p, s, view, upkeep, trace, until, stalls):
         if i < n_trace:
             command, bank, row = trace[i, 0], trace[i, 1], trace[i, 2]
             if not legal_state(p, view, command, bank, row):
-                return log[:n], ticks, now, idle, i
+                return log, n, ticks, now, idle, i
             reopen = _bank_to_reopen(p, s, command, bank, view.open_row)
             if reopen >= 0:
                 command, bank, row = upkeep.activate, reopen, view.open_row[reopen]
@@ -281,8 +283,7 @@ def _replay_in_order(p, s, view, upkeep, trace, until, stalls):
             due += upkeep.n_refi
             continue
         idle += start - now
-        charge(p, s, command, bank, start, tick, stalls)
-        record(p, s, command, bank, row, tick)
+        tick = _send(p, s, command, bank, row, start, stalls)
         log = _logged(log, n, tick, command, bank, row)
         n += 1
         now = tick + 1
@@ -290,7 +291,7 @@ def _replay_in_order(p, s, view, upkeep, trace, until, stalls):
             apply_effect(p, view.open_row, command, bank, row)
             ticks[i] = tick
             i += 1
-    return log[:n], ticks, now, idle, -1
+    return log, n, ticks, now, idle, -1
 
 
 class IllegalCommand(ValueError):
@@ -374,7 +375,7 @@ class DramChannel:
         state = new_state(self.params)
         view = DramState(state.last, state.open_row.copy())
         stalls = np.zeros(len(self.standard.causes), np.int64)
-        log, ticks, end, idle, wrong = _replay_in_order(
+        log, n, ticks, end, idle, wrong = _replay_in_order(
             self.params,
             state,
             view,
@@ -383,6 +384,7 @@ class DramChannel:
             until,
             stalls,
         )
+        log = log[:n]
         names = self.standard.command_names
         if wrong >= 0:
             command, bank, row, _ = requests[wrong]

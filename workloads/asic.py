@@ -52,7 +52,7 @@ def exp(x: F32, asic: AsicSection) -> F32:
     """
     t = np.rint(x * _LOG2E)
     inside = np.abs(t) < 256
-    k = np.where(inside, t, 0)
+    k = np.where(inside, t, np.float32(0))
     r = x - k * _LN2
     factorials = [1.0]
     for i in range(1, asic.exp_terms + 1):

@@ -1,0 +1,17 @@
+"""PIM-GPT as RTL: the channels of the machine behind a host port."""
+
+from tilewright.arch import formats
+from tilewright.arch.pim import PimParams, PimSpec
+from tilewright.rtl.pim.top import ChannelTop
+
+CODE_DEPTH = 64
+
+
+def accumulator_format(spec: PimSpec) -> formats.FloatFormat:
+    """The number format that `pim.accumulator` names."""
+    return {"fp32": formats.FP32, "bf16": formats.BF16, "fp16": formats.FP16}[spec.pim.accumulator]
+
+
+def top(spec: PimSpec, params: PimParams | None = None, depth: int = CODE_DEPTH) -> ChannelTop:
+    """The machine that the spec describes."""
+    return ChannelTop(params=params or spec.params(), depth=depth, accumulator=accumulator_format(spec))

@@ -1,0 +1,166 @@
+"""Run programs on the RTL under Verilator, and bring back what the cycle model also says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tilewright.arch import pim as arch
+from tilewright.arch.isa import Program
+from tilewright.arch.timeline import SPAN, Timeline, fold_spans
+from tilewright.rtl import pim
+from tilewright.rtl.cosim.simulator import Build, Job, build, run
+from tilewright.rtl.cosim.verilog import to_verilog
+from tilewright.rtl.lib.memory import MODEL
+
+Image = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program with the timings and the memory image that it meets."""
+
+    params: arch.PimParams
+    program: Program
+    image: Image
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the RTL did: its Timeline (units: sequencer and channels) and the image it left, or an error."""
+
+    timeline: Timeline | None
+    image: Image
+    error: str | None = None
+
+
+def build_rtl(spec: arch.PimSpec, *, depth: int = pim.CODE_DEPTH, waves: bool = False) -> Build:
+    """The simulator for the structure of `spec`: built once for all timings, cached by content."""
+    verilog = to_verilog(pim.top(spec, depth=depth))
+    return build(verilog, top="top", extra_sources=[MODEL], waves=waves)
+
+
+def flatten(program: Program) -> np.ndarray:
+    """The program as one array of instructions, repetitions written out."""
+    parts = [s.regions["code"] for s in program.segments for _ in range(s.repeat)]
+    return np.concatenate(parts) if parts else np.zeros(0, arch.ISA.record("code").dtype)
+
+
+def run_cases(
+    simulator: Build,
+    cases: Sequence[Case],
+    *,
+    depth: int = pim.CODE_DEPTH,
+    waves: Path | None = None,
+    slack: int = 0,
+) -> list[Outcome]:
+    """Run cases of one structure, each from its own image, in one simulator process.
+
+    `slack` is added to the ticks after which a run counts as hung. Raises ValueError for a program longer
+    than `depth` or with instructions that no unit of this RTL executes.
+    """
+    jobs = [_job(case, depth, 200_000 + slack) for case in cases]
+    return [
+        _outcome(case, depth, result)
+        for case, result in zip(cases, run(simulator, jobs, waves=waves), strict=True)
+    ]
+
+
+def _arrays(p: arch.PimParams) -> list[tuple[int, int, str]]:
+    return [
+        (c, b, f"top.channel_{c}.bank_{b}.array.cells.mem")
+        for c in range(p.channels)
+        for b in range(p.n_banks)
+    ]
+
+
+def _columns(elements: np.ndarray, lanes: int) -> np.ndarray:
+    """bfloat16 bit patterns uint16[n * lanes] as bytes uint8[n, 2 * lanes], lowest lane first."""
+    return np.ascontiguousarray(elements.astype("<u2")).view(np.uint8).reshape(-1, 2 * lanes)
+
+
+def _words(elements: np.ndarray, lanes: int) -> list[int]:
+    return [int.from_bytes(row.tobytes(), "little") for row in _columns(elements, lanes)]
+
+
+def _job(case: Case, depth: int, max_ticks: int) -> Job:
+    p = case.params
+    code = flatten(case.program)
+    if len(code) > depth:
+        raise ValueError(f"the RTL's code memory holds {depth} instructions, not {len(code)}")
+    if (code["op"] >= arch.N_CHANNEL_OPS).any():
+        op = arch.OPS[int(code["op"][code["op"] >= arch.N_CHANNEL_OPS][0])].name
+        raise ValueError(f"{op} is an operation of the ASIC, whose arithmetic this RTL does not have yet")
+    layout = arch.hostmap(p, depth)
+    encoded = [
+        int.from_bytes(w.astype("<u4").tobytes(), "little") for w in arch.ISA.record("code").encode(code)
+    ]
+    registers = np.array(arch.register_values(p, len(code)), np.int64)
+    writes = [
+        (layout.base("registers"), layout.pack("registers", registers)),
+        (layout.base("code"), layout.pack("code", encoded)),
+        (layout.base("sram"), layout.pack("sram", _words(case.image["sram"], p.lanes))),
+    ]
+    reads = [(layout.base(name), layout[name].words) for name in ("status", "log", "sram")]
+    for c in range(p.channels):
+        name = f"gb_{c}"
+        writes.append((layout.base(name), layout.pack(name, _words(case.image["gb"][c], p.lanes))))
+        reads.append((layout.base(name), layout[name].words))
+    loads = [(path, 0, _columns(case.image["dram"][c, b], p.lanes)) for c, b, path in _arrays(p)]
+    dumps = [(path, 0, p.rows * p.columns) for _, _, path in _arrays(p)]
+    return Job(writes=writes, loads=loads, reads=reads, dumps=dumps, max_ticks=max_ticks)
+
+
+def _elements(values: np.ndarray, lanes: int) -> np.ndarray:
+    raw = b"".join(int(v).to_bytes(2 * lanes, "little") for v in values)
+    return np.frombuffer(raw, "<u2").astype(np.uint16)
+
+
+def _outcome(case: Case, depth: int, result) -> Outcome:
+    if result.error:
+        return Outcome(None, {}, result.error)
+    p = case.params
+    layout = arch.hostmap(p, depth)
+    status_words, log_words, sram_words, *gb_words = result.reads
+    status = dict(zip(arch.status_names(p), layout.unpack("status", status_words), strict=True))
+    code = flatten(case.program)
+    log = layout.unpack("log", log_words)[: len(code)]
+    firsts = (log & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    ends = (log >> np.uint64(32)).astype(np.int64)
+    dram = np.zeros((p.channels, p.n_banks, p.rows * p.columns * p.lanes), np.uint16)
+    for (c, b, _), data in zip(_arrays(p), result.dumps, strict=True):
+        dram[c, b] = np.ascontiguousarray(data).view("<u2").reshape(-1)
+    acc = [[status[f"acc {c}.{b}"] for b in range(p.n_banks)] for c in range(p.channels)]
+    image = {
+        "dram": dram,
+        "sram": _elements(layout.unpack("sram", sram_words), p.lanes),
+        "gb": np.stack([_elements(layout.unpack(f"gb_{c}", w), p.lanes) for c, w in enumerate(gb_words)]),
+        "acc": np.array(acc, np.uint32),
+    }
+    return Outcome(_timeline(case, status, code["tag"], firsts, ends), image)
+
+
+def _timeline(
+    case: Case, status: Mapping[str, int], tags: np.ndarray, firsts: np.ndarray, ends: np.ndarray
+) -> Timeline:
+    p = case.params
+    units = ("sequencer", *(f"channel {c}" for c in range(p.channels)))
+    n_tags = max(len(case.program.tags), int(tags.max(initial=-1)) + 1)
+    # Counters and stalls are of the whole run: they belong to no tag.
+    counters = np.zeros((n_tags + 1, len(arch.COUNTERS)), np.int64)
+    activity = np.zeros((n_tags + 1, len(units), 1 + len(arch.CAUSES)), np.int64)
+    for k, name in enumerate(arch.COUNTERS):
+        counters[-1, k] = sum(int(status[f"channel {c}.{name}"]) for c in range(p.channels))
+    for u, unit in enumerate(units):
+        activity[-1, u] = [int(status[f"{unit}.{cause}"]) for cause in ("busy", *arch.CAUSES)]
+    return Timeline(
+        ticks=int(status["ticks"]),
+        tags=[*case.program.tags, *(f"tag {i}" for i in range(len(case.program.tags), n_tags))],
+        spans=fold_spans(tags, firsts, ends, 0) if len(tags) else np.zeros(0, SPAN),
+        counter_names=arch.COUNTERS,
+        counters=counters,
+        units=units,
+        causes=arch.CAUSES,
+        activity=activity,
+    )
