@@ -18,7 +18,10 @@ from tilewright.arch.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a record: `bits` wide, unsigned unless `signed`; `names` makes it an enumeration."""
+    """One field of a record: `bits` wide (1..63), unsigned unless `signed`; `names` makes it an enumeration.
+
+    A `tag` field holds the index of a name in the program's list of tags; text spells the name.
+    """
 
     name: str
     bits: int
@@ -28,6 +31,12 @@ class Field:
     names: tuple[str, ...] = ()
     base: int = 10
     tag: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 63:  # kernels compute with fields as int64
+            raise ValueError(f"field {self.name} must have 1..63 bits, not {self.bits}")
+        if len(self.names) > 1 << self.bits:
+            raise ValueError(f"field {self.name} has {len(self.names)} names for {self.bits} bits")
 
     @property
     def low(self) -> int:
@@ -53,8 +62,10 @@ class Field:
         try:
             value = int(text, 0)
         except ValueError:
-            allowed = nearest(text, self.names) if self.names else f"an integer {self.low}..{self.high}"
-            raise UserError(f"{where}: {self.name} must be {allowed}, not {text!r}") from None
+            if not self.names:
+                allowed = f"an integer {self.low}..{self.high}"
+                raise UserError(f"{where}: {self.name} must be {allowed}, not {text!r}") from None
+            raise UserError(f"{where}: {self.name} has no {text!r}: {nearest(text, self.names)}") from None
         high = len(self.names) - 1 if self.names else self.high
         if not self.low <= value <= high:
             raise UserError(f"{where}: {self.name} must be in {self.low}..{high}, not {text}")
@@ -98,6 +109,10 @@ class Record:
     command: bool = True
 
     def __post_init__(self) -> None:
+        names = [f.name for f in self.layout]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"record {self.region} has two fields {name!r}")
         known = {f.name for f in self.fields}
         for op in self.ops:
             for name in op.fields:
@@ -209,15 +224,22 @@ class Program:
     tags: Sequence[str] = ()
 
     def text(self) -> str:
-        """The program in assembler text; `isa.assemble` reads it back."""
-        lines = []
+        """The program in assembler text; `isa.assemble` reads back the same program, tags included."""
+        lines: list[str] = []
+        seen: dict[int, None] = {}  # tags in the order in which the text shows them
         for i, segment in enumerate(self.segments):
             if i or segment.repeat != 1 or segment.label:
                 label = f" label={segment.label.replace(' ', '_')}" if segment.label else ""
                 lines.append(f".segment repeat={segment.repeat}{label}")
             for region, records in segment.regions.items():
                 lines += self.isa.format(region, records, self.tags)
-        return "\n".join(lines) + "\n"
+                named = [records[f.name] for f in self.isa.record(region).layout if f.tag]
+                if named:
+                    tags, first = np.unique(np.stack(named, axis=1), return_index=True)
+                    seen |= dict.fromkeys(int(t) for t in tags[np.argsort(first)] if t < len(self.tags))
+        # `assemble` numbers tags as they appear; where that is not their order here, the text states it.
+        head = [] if list(seen) == list(range(len(self.tags))) else [f".tags {' '.join(self.tags)}"]
+        return "\n".join(head + lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -253,8 +275,8 @@ class InstructionSet:
     def assemble(self, text: str, name: str = "program") -> Program:
         """The program that `text` spells. Raises UserError naming the line.
 
-        A line is a record, a comment after `#`, or `.segment [repeat=n] [label=text]`, which starts a
-        new segment.
+        A line is a record, a comment after `#`, `.segment [repeat=n] [label=text]`, which starts a new
+        segment, or `.tags name ...`, which numbers tags before their first use.
         """
         tags: list[str] = []
         segments: list[Segment] = []
@@ -271,6 +293,9 @@ class InstructionSet:
             if not words:
                 continue
             where = f"{name}:{number}"
+            if words[0] == ".tags":
+                tags += [w for w in words[1:] if w not in tags]
+                continue
             if words[0] == ".segment":
                 close()
                 head = self._directive(words[1:], where)
@@ -281,7 +306,7 @@ class InstructionSet:
         return Program(self, segments, tags)
 
     def format(self, region: str, records: np.ndarray, tags: Sequence[str] = ()) -> list[str]:
-        """One line of text for each record; fields at their default are left out."""
+        """One line of text for each record; fields at their default are left out, but never a named tag."""
         record = self.record(region)
         lines = []
         for r in records:
@@ -290,7 +315,9 @@ class InstructionSet:
             if record.at:
                 words[0] += "@" + ",".join(str(int(r[a])) for a in record.at)
             for f in record.layout:
-                if f.name == "op" or f.name in record.at or int(r[f.name]) == f.default:
+                if (op and f.name == "op") or f.name in record.at:
+                    continue
+                if int(r[f.name]) == f.default and not (f.tag and tags):
                     continue
                 words.append(f"{f.name}={f.format(int(r[f.name]), tags)}")
             lines.append(" ".join(words))

@@ -2,17 +2,21 @@
 
 Layout, with C channels, B banks, L lanes and B / L = `bursts` columns for one output of all banks:
 
-- Matrix: output n is computed in out o, channel c, bank b with n = (o*C + c)*B + b. The input is cut into segments
-  that fit the global buffer; a segment's columns of consecutive outs follow one another in every bank, over row ends.
+- Matrix: output n is computed in out o, channel c, bank b with n = (o*C + c)*B + b. The input is cut into
+  segments that fit the global buffer; a segment's columns of consecutive outs follow one another in every
+  bank, over row ends.
 - Head vectors are padded with zeros to whole outputs of all banks, ceil(head_dim / B) * B elements.
 - Vector (bias, gain, position, embedding row): columns striped over the channels in one bank.
-- KV head g lives in channel g mod C, slot g // C. Keys row-major: token t in bank t mod B, columns t // B * head
-  columns. Values column-major: element i in bank i mod B, group i // B; token t in lane t mod L of column t // L.
+- KV head g lives in channel g mod C, slot g // C. Keys row-major: token t in bank t mod B, columns t // B *
+  head columns. Values column-major: element i in bank i mod B, group i // B; token t in lane t mod L of
+  column t // L.
 
-Padding is sound as long as the KV cache is zero where nothing was written: the scores of tokens that are not there
-yet are then q * 0 = 0 in a whole column, the softmax leaves them alone, and 0 * 0 adds nothing to the values.
-Mapping after Wu, Wang, Lu, "PIM-GPT", npj Unconventional Computing 2024: concatenated heads, weights packed for row
-hits, keys row-major and values column-major.
+Padding is sound as long as the KV cache is zero where nothing was written: the scores of tokens that are not
+there yet are then q * 0 = 0 in a whole column, the softmax leaves them alone, and 0 * 0 adds nothing to the
+values.
+
+Mapping after Wu, Wang, Lu, "PIM-GPT", npj Unconventional Computing 2024: concatenated heads, weights
+packed for row hits, keys row-major and values column-major.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -144,8 +148,8 @@ class Layout:
         self.rope_cols = _ceil(model.head_dim // 2, p.lanes)
         if self.head_cols > p.gb_columns:
             raise UserError(
-                f"{model.name} does not fit {spec.name}: a head of {model.head_dim} needs {self.head_cols} columns "
-                f"of global buffer, pim.global_buffer_bytes has {p.gb_columns}"
+                f"{model.name} does not fit {spec.name}: a head of {model.head_dim} needs {self.head_cols} "
+                f"columns of global buffer, pim.global_buffer_bytes has {p.gb_columns}"
             )
         self._place_dram(given.section("regions"))
         self._place_sram(given.section("sram"), given.section("tiles"))
@@ -208,7 +212,7 @@ class Layout:
         """Elements of the vectors of a layer, by name."""
         m = self.model
         biased = {"qkv": m.qkv_bias, "attention_out": m.attention_out_bias}
-        out = {}
+        out: dict[str, int] = {}
         for norm in ("attention_norm", "mlp_norm"):
             out |= {f"{norm}.{part}": m.d_model for part in self.norm_parts}
         for name, matrix in self.layer_matrices.items():
@@ -305,7 +309,10 @@ class Layout:
         given.keys(*sizes, "logits")
         places = given.without("logits").places(sizes, p.sram_columns, "SRAM column")
         behind = max(places[b] + sizes[b] for b in "xh")
-        room = p.sram_columns - behind
+        if behind >= p.sram_columns:
+            raise UserError(
+                f"{given.path}: x and h end at column {behind}, which leaves no room for the logits"
+            )
         logits = given.whole("logits", behind, behind, p.sram_columns - 1)
         room = p.sram_columns - logits
         self.sram = places | {"logits": logits}
@@ -378,7 +385,8 @@ class _Given:
     def places(self, sizes: Mapping[str, int], limit: int, what: str) -> dict[str, int]:
         """First `what` of each named item, by default one behind the other; no two may overlap."""
         self.keys(*sizes)
-        out, at = {}, 0
+        out: dict[str, int] = {}
+        at = 0
         for name, size in sizes.items():
             out[name] = self.whole(name, at, 0, limit - size)
             at += size
@@ -386,7 +394,8 @@ class _Given:
         for a, b in pairwise(order):
             if out[a] + sizes[a] > out[b]:
                 raise UserError(
-                    f"{self.path}.{b} must be at least {out[a] + sizes[a]}, the {what} behind {a}, not {out[b]}"
+                    f"{self.path}.{b} must be at least {out[a] + sizes[a]}, the {what} behind {a}, "
+                    f"not {out[b]}"
                 )
         return out
 
@@ -471,6 +480,11 @@ class Template:
         if name == "address":
             code["row"][where], code["col"][where] = np.divmod(values, self.columns)
         else:
+            high = _CODE.by_name[name].high
+            if values.size and values.max() > high:
+                raise UserError(
+                    f"{name} would be {values.max()}, more than the {high} that an instruction holds"
+                )
             code[name][where] = values
 
     def step(self, variables: NDArray[np.int64]) -> NDArray[Any]:
@@ -495,11 +509,11 @@ class _Emitter:
 
     def walk(self, operators: Sequence[Operator]) -> None:
         handlers: dict[str, Callable[[str], None]] = {
-            "embedding": self.embedding, "positions": self.positions, "attention_norm": self.norm, "qkv": self.qkv,
-            "rotary": self.rotary, "kv_append": self.kv_append, "scores": self.attention,
-            "attention_out": self.attention_out, "attention_add": self.add, "mlp_norm": self.norm, "up": self.up,
-            "gate_up": self.up, "activation": self.activation, "gate": self.gate, "down": self.down,
-            "mlp_add": self.add, "final_norm": self.norm, "lm_head": self.head,
+            "embedding": self.embedding, "positions": self.positions, "attention_norm": self.norm,
+            "qkv": self.qkv, "rotary": self.rotary, "kv_append": self.kv_append, "scores": self.attention,
+            "attention_out": self.attention_out, "attention_add": self.add, "mlp_norm": self.norm,
+            "up": self.up, "gate_up": self.up, "activation": self.activation, "gate": self.gate,
+            "down": self.down, "mlp_add": self.add, "final_norm": self.norm, "lm_head": self.head,
         }  # fmt: skip
         for tag, operator in enumerate(operators):
             self.tag, self.layer = tag, operator.layer
@@ -576,7 +590,8 @@ class _Emitter:
             self.emit("RMSNORM", **fields)
 
     def linear(self, name: str, src: str, dst: str) -> None:
-        """Segments of the input one after the other; partial sums are added from left to right, then the bias."""
+        """Segments of the input one after the other; partial sums are added from left to right, then the
+        bias."""
         lay, s = self.layout, self.layout.sram
         matrix, unit = lay.matrices[self.named(name)], lay.unit
         for start, cols, base in matrix.segments():
@@ -645,7 +660,8 @@ class _Emitter:
             common = {"channels": self.slot_mask(slot), "stride": lay.head_cols}
             keys, values = (lay.cache(self.layer, which, self.sequence, slot) for which in (0, 1))
             self.emit(
-                "WR_BK", bank=BANK, address=keys + BLOCK * lay.head_cols, cols=lay.head_cols, src=k + offset, **common
+                "WR_BK", bank=BANK, address=keys + BLOCK * lay.head_cols, cols=lay.head_cols,
+                src=k + offset, **common,
             )  # fmt: skip
             self.emit(
                 "WR_EL", address=values + COLUMN, outs=lay.head_groups, pitch=lay.context_cols, lane=LANE,
@@ -676,12 +692,12 @@ class _Emitter:
             head = slot * lay.p.channels * share + i
             if i % at_once == 0:
                 self.emit(
-                    "WR_GB", channels=mask, cols=min(at_once, share - i) * cols, src=lay.sram["y"] + head * cols,
-                    stride=share * cols,
+                    "WR_GB", channels=mask, cols=min(at_once, share - i) * cols,
+                    src=lay.sram["y"] + head * cols, stride=share * cols,
                 )  # fmt: skip
             self.emit(
-                "GEMV", channels=mask, address=lay.cache(self.layer, 0, self.sequence, slot), gb=i % at_once * cols,
-                cols=cols, outs=BLOCKS, pitch=lay.p.bursts,
+                "GEMV", channels=mask, address=lay.cache(self.layer, 0, self.sequence, slot),
+                gb=i % at_once * cols, cols=cols, outs=BLOCKS, pitch=lay.p.bursts,
                 dst=lay.sram["work"] + (head - heads.start) * lay.score_cols, stride=share * lay.score_cols,
             )  # fmt: skip
 
@@ -700,13 +716,14 @@ class _Emitter:
                 for i in range(share):
                     head = slot * lay.p.channels * share + i - heads.start
                     self.emit(
-                        "WR_GB", following=2, channels=mask, cols=cols, src=work + head * lay.score_cols + start,
-                        stride=share * lay.score_cols,
+                        "WR_GB", following=2, channels=mask, cols=cols,
+                        src=work + head * lay.score_cols + start, stride=share * lay.score_cols,
                     )  # fmt: skip
                     for group in range(lay.head_groups):
                         self.emit(
                             "GEMV", following=2, channels=mask, address=address + group * lay.context_cols,
-                            cols=cols, pitch=lay.p.bursts, dst=to + head * lay.head_cols + group * lay.p.bursts,
+                            cols=cols, pitch=lay.p.bursts,
+                            dst=to + head * lay.head_cols + group * lay.p.bursts,
                             stride=share * lay.head_cols,
                         )  # fmt: skip
             if segment:
@@ -732,7 +749,8 @@ class _Emitter:
 
 
 class Steps:
-    """The segments of a run, one for each token; generated when walked, from a template for each kind of step."""
+    """The segments of a run, one for each token; generated when walked, from a template for each kind of
+    step."""
 
     def __init__(self, layout: Layout, scenario: Scenario, tokens: NDArray[np.int64]) -> None:
         self.layout, self.scenario = layout, scenario
@@ -755,7 +773,8 @@ class Steps:
             yield Segment({"code": codes[0] if len(codes) == 1 else np.concatenate(codes)}, label=label)
 
     def _templates(self, step: int) -> list[Template]:
-        """One for each sequence. The LM head works behind the last token of the prompt and the generated ones."""
+        """One for each sequence. The LM head works behind the last token of the prompt and the generated
+        ones."""
         head = self.scenario.lm_head and step >= self.scenario.prompt - 1
         columns = int(self.variables[0, step, COLUMNS.variable])
         kind = head, _ceil(columns, self.layout.p.gb_columns)
@@ -780,13 +799,14 @@ def map_model(
 ) -> Mapped:
     """The program of `scenario`: every token of prompt and generation is one step of one segment.
 
-    A prompt runs token by token, and the LM head only behind its last one. The sequences of a batch follow one
-    another within a step, each with its own KV cache. `tokens` are the token ids by step, [prompt + generate] or
-    [batch, prompt + generate]; they are drawn at random if left out. `mapping` is a document as this function returns it, or
-    parts of one, that overrides its choices.
+    A prompt runs token by token, and the LM head only behind its last one. The sequences of a batch follow
+    one another within a step, each with its own KV cache. `tokens` are the token ids by step, [prompt +
+    generate] or [batch, prompt + generate]; they are drawn at random if left out. `mapping` is a document as
+    this function returns it, or parts of one, that overrides its choices.
 
-    Raises UserError for a model that the target does not support or that does not fit, for more tokens than the
-    model has positions, and for values of `mapping` or `tokens` that are not allowed.
+    Raises UserError for a model that the target does not support or that does not fit, for more tokens than
+    the model has positions, and for values of `mapping` or `tokens` that are not allowed; walking the
+    segments does so where a size exceeds the field of an instruction.
     """
     steps = scenario.prompt + scenario.generate
     total = scenario.context + steps
@@ -797,15 +817,16 @@ def map_model(
             f"{scenario.prompt} + generate {scenario.generate} are {total - model.positions} too many"
         )
     layout = Layout(
-        spec, model, tokens=total, batch=scenario.batch, lm_head=scenario.lm_head, embedding=scenario.embedding,
-        mapping=mapping,
+        spec, model, tokens=total, batch=scenario.batch, lm_head=scenario.lm_head,
+        embedding=scenario.embedding, mapping=mapping,
     )  # fmt: skip
     assumed = []
     if tokens is None:
         ids = np.random.default_rng(scenario.seed).integers(model.vocab, size=(scenario.batch, steps))
         if scenario.embedding:
             assumed.append(
-                f"token ids: random, seed {scenario.seed}; they choose the bank that the embedding row is read from"
+                f"token ids: random, seed {scenario.seed}; they choose the bank that the "
+                "embedding row is read from"
             )
     else:
         ids = _token_ids(tokens, model, scenario.batch, steps)
@@ -814,14 +835,14 @@ def map_model(
         TagInfo(f"layer {op.layer} {op.name}" if op.layer >= 0 else op.name, op.name, op.layer)
         for op in segments.operators
     ]
-    used = sum(layout.row_sizes.values())
+    rows = f"{sum(layout.row_sizes.values())} of {layout.p.rows} rows in every bank"
     return Mapped(
         program=Program(ISA, segments, [tag.name.replace(" ", "_") for tag in tags]),
         tags=tags,
         steps=steps,
         document=layout.document,
         notes=(
-            f"{used} of {layout.p.rows} rows in every bank; KV cache for {layout.tokens} tokens x {layout.batch}",
+            f"{rows}; KV cache for {layout.tokens} tokens x {layout.batch}",
             "the KV cache must be zero where no token was written",
         ),
         assumed=assumed,
@@ -830,10 +851,8 @@ def map_model(
 
 def _token_ids(tokens: ArrayLike, model: ModelConfig, batch: int, steps: int) -> NDArray[np.int64]:
     ids = np.asarray(tokens)
-    if ids.dtype.kind not in "iu" or ids.shape not in (
-        (batch, steps),
-        (steps,) if batch == 1 else (batch, steps),
-    ):
+    shapes = [(batch, steps)] + [(steps,)] * (batch == 1)
+    if ids.dtype.kind not in "iu" or ids.shape not in shapes:
         raise UserError(
             f"tokens must be {batch} x {steps} whole numbers, not {ids.dtype} of shape {ids.shape}"
         )
@@ -849,13 +868,13 @@ def _token_ids(tokens: ArrayLike, model: ModelConfig, batch: int, steps: int) ->
 def place_weights(
     spec: PimSpec, model: ModelConfig, document: Mapping[str, Any], weights: Mapping[str, ArrayLike]
 ) -> Image:
-    """The memory image that a program mapped with `document` starts from: weights in bfloat16, an empty KV cache.
+    """The image that a program mapped with `document` starts from: bfloat16 weights, an empty KV cache.
 
-    A matrix is [in, out], under "layer 0 qkv" (Q, K and V heads side by side), "layer 0 attention_out", "layer 0 up"
-    or "layer 0 gate_up" (gate first), "layer 0 down" and, unless tied, "lm_head". Vectors: "layer 0 qkv.bias", "layer 0
-    attention_norm.gain", ".bias", "layer 0 mlp_norm...", "final_norm...". Tables: "embedding" [vocab, d_model],
-    "positions" [position_rows, d_model]. The rotary table is computed. Raises UserError for an array that is
-    missing, unknown or of another shape.
+    A matrix is [in, out], under "layer 0 qkv" (Q, K and V heads side by side), "layer 0 attention_out",
+    "layer 0 up" or "layer 0 gate_up" (gate first), "layer 0 down" and, unless tied, "lm_head". Vectors:
+    "layer 0 qkv.bias", "layer 0 attention_norm.gain", ".bias", "layer 0 mlp_norm...", "final_norm...".
+    Tables: "embedding" [vocab, d_model], "positions" [position_rows, d_model]. The rotary table is computed.
+    Raises UserError for an array that is missing, unknown or of another shape.
     """
     layout = Layout(
         spec, model, tokens=document["cache_tokens"], batch=document["batch"], lm_head=document["lm_head"],
@@ -875,7 +894,6 @@ class _Placer:
     def place(self) -> Image:
         lay, m, lanes = self.layout, self.layout.model, self.layout.p.lanes
         head, ff = lay.head_cols * lanes, lay.ff_cols * lanes
-        q, kv, up = m.heads * head, m.kv_heads * head, 2 if m.gated_mlp else 1
 
         def padded(array: NDArray[Any], axis: int, size: int, to: int) -> NDArray[Any]:
             """Pieces of `size` along an axis, each filled up with zeros to `to`."""
@@ -893,9 +911,8 @@ class _Placer:
             "down": (m.d_ff, m.d_model),
         }
         out_pads = {"qkv": (m.head_dim, head), "gate_up": (m.d_ff, ff), "up": (m.d_ff, m.d_ff)}
-        assert q + 2 * kv == lay.layer_matrices["qkv"].n and up in (1, 2)
         for layer in range(m.layers):
-            for name, matrix in lay.layer_matrices.items():
+            for name in lay.layer_matrices:
                 key = f"layer {layer} {name}"
                 w = self.get(key, shapes[name])
                 if name == "attention_out":
@@ -906,7 +923,6 @@ class _Placer:
                 if f"{name}.bias" in lay.layer_vectors:
                     bias = self.get(f"{key}.bias", shapes[name][1:])
                     self.vector(f"{key}.bias", padded(bias, 0, *out_pads.get(name, (bias.size, bias.size))))
-                    assert matrix.n >= bias.size
             for norm in ("attention_norm", "mlp_norm"):
                 self.norm(f"layer {layer} {norm}")
         if lay.lm_head:

@@ -21,6 +21,8 @@ _CONFIG: Any = numba.config  # its attributes are set at run time, unseen by typ
 # and without `_nrt` every call would count a reference up and down for each array of the tuple, which takes
 # ten times longer than the work. Such a function must not allocate, nor return an array.
 INNER: dict[str, Any] = {"cache": True, "forceinline": True, "_nrt": False}
+# The same for larger functions, which stay functions: inlining them everywhere would take minutes to compile.
+CALLED: dict[str, Any] = {"cache": True, "_nrt": False}
 
 
 def cache_key(sources: Path) -> str:

@@ -25,6 +25,7 @@ from tilewright.arch import pim as arch
 from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
+from tilewright.sim.cache import CALLED, INNER
 from tilewright.sim.dram import DramState, charge, new_state, record
 
 # Literals of this file: a cached kernel would keep the old value of a constant changed elsewhere.
@@ -43,15 +44,17 @@ assert [arch.OP[o] for o in ("WR_GB", "MAC_AB", "RD_MAC", "GEMV", "RD_BK", "WR_B
 )
 
 # Fields of a channel's register vector.
-_TIME, _DUE, _SINCE, _REF_FROM, _REF_PRE, _REF_AT, _EVENTS, _TRACED = range(8)
+_TIME, _DUE, _SINCE, _UNIFORM, _REF_PRE, _REF_AT, _EVENTS, _TRACED = range(8)
+_CLOSED, _MIXED = -1, -2  # _UNIFORM, where no single row is open in every bank
 
 
 class Channel(NamedTuple):
     """State of one channel, or of several that have done the same so far."""
 
     dram: DramState
-    # int64[8]: first tick not yet accounted for; next refresh due; tick of the opening command, -1 with all
-    # banks closed; start, PREab and REFab tick of the last refresh (-1: none); commands; traced commands
+    # int64[8]: first tick not yet accounted for; next refresh due; tick of the command that opened the first
+    # of the open rows; the row that all banks have open; PREab (-1: none) and REFab tick of the last refresh;
+    # commands; traced commands
     v: np.ndarray
     trace: np.ndarray  # int64[capacity, 4]: tick, command, bank (-1: all), row
     scratch: np.ndarray  # int64[causes]: causes that nobody asks for
@@ -60,14 +63,14 @@ class Channel(NamedTuple):
 # ---- clock domain -------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@njit(**INNER)
 def next_working(t, p, q):
     """First tick >= t on which the domain of ratio p/q works: (tick * p) % q < p."""
     k = ((t - 1) * p) // q + 1 if t > 0 else 0
     return (k * q + p - 1) // p
 
 
-@njit(cache=True)
+@njit(**INNER)
 def _after(t, cycles, p, q):
     """The working tick `cycles` working ticks after the working tick t."""
     k = (t * p) // q
@@ -77,11 +80,23 @@ def _after(t, cycles, p, q):
 # ---- one channel --------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@njit(**INNER)
 def _issue(p, c, command, bank, row, t, act, counters):
     """Issue `command` at tick t, to which everything is accounted for."""
-    record(p.dram, c.dram, command, bank, row, t)
     v = c.v
+    record(p.dram, c.dram, command, bank, row, t)
+    if command == _ACTAB or command == _ACT:
+        if v[_UNIFORM] == _CLOSED:
+            v[_SINCE] = t
+        v[_UNIFORM] = row if command == _ACTAB else _MIXED
+    elif command == _PREAB or command == _PRE:
+        v[_UNIFORM] = _CLOSED
+        if command == _PRE:
+            for b in range(p.n_banks):
+                if c.dram.open_row[b] >= 0:
+                    v[_UNIFORM] = _MIXED
+        if v[_UNIFORM] == _CLOSED:
+            counters[_OPEN_TICKS] += t - v[_SINCE]
     if v[_TRACED] < len(c.trace):
         c.trace[v[_TRACED], 0] = t
         c.trace[v[_TRACED], 1] = command
@@ -94,214 +109,168 @@ def _issue(p, c, command, bank, row, t, act, counters):
     v[_TIME] = t + 1
 
 
-@njit(cache=True)
+@njit(**CALLED)
 def _refresh(p, c, act, counters):
     """The refresh that is due, from the present tick on: close what is open, then REFab."""
     v = c.v
-    v[_REF_FROM] = v[_TIME]
     v[_REF_PRE] = -1
-    far = v[_TIME] + (1 << 40)
-    if v[_SINCE] >= 0:
-        t = charge(p.dram, c.dram, _PREAB, 0, v[_TIME], far, c.scratch)
+    refreshed = False
+    while not refreshed:
+        refreshed = v[_UNIFORM] == _CLOSED
+        command = _REFAB if refreshed else _PREAB
+        far = v[_TIME] + (1 << 40)
+        t = charge(p.dram, c.dram, command, 0, v[_TIME], far, c.scratch)
         act[_REFRESH] += t - v[_TIME]
-        _issue(p, c, _PREAB, -1, -1, t, act, counters)
-        counters[_OPEN_TICKS] += t - v[_SINCE]
-        v[_SINCE] = -1
-        v[_REF_PRE] = t
-    t = charge(p.dram, c.dram, _REFAB, 0, v[_TIME], far, c.scratch)
-    act[_REFRESH] += t - v[_TIME]
-    _issue(p, c, _REFAB, -1, -1, t, act, counters)
-    v[_REF_AT] = t
+        _issue(p, c, command, -1, -1, t, act, counters)
+        v[_REF_AT if refreshed else _REF_PRE] = t
     v[_DUE] += p.n_refi
 
 
-@njit(cache=True)
+@njit(**CALLED)
 def _rest(p, c, until, cause, act, counters):
     """No instruction asks for a command before tick `until`: refreshes happen, the rest is `cause`."""
     v = c.v
     while v[_TIME] < until:
-        if v[_DUE] >= until:
-            act[cause] += until - v[_TIME]
-            v[_TIME] = until
-        else:
-            if v[_DUE] > v[_TIME]:
-                act[cause] += v[_DUE] - v[_TIME]
-                v[_TIME] = v[_DUE]
+        end = min(until, v[_DUE])
+        if end > v[_TIME]:
+            act[cause] += end - v[_TIME]
+            v[_TIME] = end
+        if end < until:
             _refresh(p, c, act, counters)
 
 
-@njit(cache=True)
-def _step(p, c, command, bank, row, act, counters):
-    """Issue `command` as soon as it may; False if a refresh came first and bank states have changed."""
-    v = c.v
-    if v[_DUE] > v[_TIME]:
-        t = charge(p.dram, c.dram, command, bank, v[_TIME], v[_DUE], act)
-        v[_TIME] = t
-        if t < v[_DUE]:
-            _issue(p, c, command, bank, row, t, act, counters)
-            return True
-    _refresh(p, c, act, counters)
-    return False
-
-
-@njit(cache=True)
+@njit(**INNER)
 def _burst(p, c, command, bank, row, n, fold, act, counters):
-    """Issue up to n equal commands; returns how many. Only a refresh cuts them short.
+    """Issue up to n equal commands, each as soon as it may; returns how many did before a refresh fell due.
 
-    After the first, each waits for its predecessor alone: that may be folded into one step.
+    After the first, each waits for its predecessor alone: with `fold` they are one step.
     """
-    if n == 0 or not _step(p, c, command, bank, row, act, counters):
-        return 0
-    if not fold:
-        for i in range(1, n):
-            if not _step(p, c, command, bank, row, act, counters):
-                return i
-        return n
     v = c.v
-    cadence = p.cadence[command]
-    last = v[_TIME] - 1
-    more = min(n - 1, (v[_DUE] - last - 1) // cadence)
-    if more > 0:
-        last += more * cadence
-        record(p.dram, c.dram, command, bank, row, last)
-        act[_BUSY] += more
-        act[_COLUMN] += more * (cadence - 1)
-        counters[command] += more
-        v[_EVENTS] += more
-        v[_TIME] = last + 1
-    if more == n - 1:
-        return n
-    # The next would issue at or after the tick that a refresh is due: its wait counts up to there.
-    v[_TIME] = charge(p.dram, c.dram, command, bank, v[_TIME], v[_DUE], act)
-    _refresh(p, c, act, counters)
-    return more + 1
+    issued = 0
+    while issued < n:
+        t = v[_TIME]
+        if v[_DUE] > t:
+            t = charge(p.dram, c.dram, command, bank, t, v[_DUE], act)
+            v[_TIME] = t
+        if t >= v[_DUE]:
+            _refresh(p, c, act, counters)
+            return issued
+        more = 0
+        if fold:
+            cadence = p.cadence[command]
+            more = min(n - 1, (v[_DUE] - t - 1) // cadence)
+            act[_BUSY] += more
+            act[_COLUMN] += more * (cadence - 1)
+            counters[command] += more
+            v[_EVENTS] += more
+            t += more * cadence
+            n = min(n, more + 1)  # the rest waits for the refresh: bank states change
+        _issue(p, c, command, bank, row, t, act, counters)
+        issued += 1 + more
+    return issued
 
 
-@njit(cache=True)
-def _open_all(p, c, row, act, counters):
-    """Whether `row` is open in every bank; if not, one command towards it has issued (or a refresh)."""
-    rows = c.dram.open_row
+@njit(**INNER)
+def _all_open(p, c, row):
+    """Whether `row` is open in every bank, in some, and whether some other row is open."""
+    uniform = c.v[_UNIFORM]
+    if uniform != _MIXED:
+        return uniform == row, uniform == row, uniform >= 0 and uniform != row
     same, other = 0, 0
     for b in range(p.n_banks):
-        if rows[b] == row:
+        if c.dram.open_row[b] == row:
             same += 1
-        elif rows[b] >= 0:
+        elif c.dram.open_row[b] >= 0:
             other += 1
-    if same == p.n_banks:
-        return True
-    v = c.v
-    if other > 0 or (same > 0 and p.staggered == 0):
-        if _step(p, c, _PREAB, -1, -1, act, counters):
-            counters[_OPEN_TICKS] += v[_TIME] - 1 - v[_SINCE]
-            v[_SINCE] = -1
-    elif p.staggered == 0:
-        if _step(p, c, _ACTAB, -1, row, act, counters):
-            v[_SINCE] = v[_TIME] - 1
-    else:
-        for i in range(p.n_banks):
-            bank = p.stagger_order[i]
-            if rows[bank] < 0:
-                if _step(p, c, _ACT, bank, row, act, counters) and same == 0:
-                    v[_SINCE] = v[_TIME] - 1
-                break
-    return False
+    return same == p.n_banks, same > 0, other > 0
 
 
-@njit(cache=True)
-def _open_one(p, c, bank, row, act, counters):
-    """As `_open_all`, for one bank."""
-    rows = c.dram.open_row
-    if rows[bank] == row:
-        return True
-    v = c.v
-    if rows[bank] >= 0:
-        if _step(p, c, _PRE, bank, -1, act, counters):
-            closed = True
-            for b in range(p.n_banks):
-                closed = closed and rows[b] < 0
-            if closed:
-                counters[_OPEN_TICKS] += v[_TIME] - 1 - v[_SINCE]
-                v[_SINCE] = -1
-    elif _step(p, c, _ACT, bank, row, act, counters) and v[_SINCE] < 0:
-        v[_SINCE] = v[_TIME] - 1
-    return False
+@njit(**INNER)
+def _next_closed(p, c):
+    for i in range(p.n_banks):
+        if c.dram.open_row[p.stagger_order[i]] < 0:
+            return p.stagger_order[i]
+    return 0
 
 
-@njit(cache=True)
-def _mac_columns(p, c, address, cols, fold, act, counters):
-    """All-bank MACs over `cols` columns from the linear column `address`."""
-    j = 0
-    while j < cols:
-        row = (address + j) // p.columns
-        if _open_all(p, c, row, act, counters):
-            in_row = min(cols - j, (row + 1) * p.columns - address - j)
-            j += _burst(p, c, _MACAB, -1, row, in_row, fold, act, counters)
+@njit(**CALLED)
+def _execute(p, c, op, address, own_bank, cols, outs, pitch, start, fold, act, counters):
+    """One instruction on one channel, which sees it from tick `start`; returns the tick it is complete.
 
-
-@njit(cache=True)
-def _plain(p, c, command, n, fold, act, counters):
-    """n commands that need no row."""
-    j = 0
-    while j < n:
-        j += _burst(p, c, command, -1, -1, n - j, fold, act, counters)
-
-
-@njit(cache=True)
-def _execute(p, c, i, start, fold, act, counters):
-    """One instruction on one channel, which sees it from tick `start`; returns the tick it is complete."""
+    Like the controller: look at the banks, issue the command that is needed next, move on.
+    """
     v = c.v
     _rest(p, c, start, _IDLE, act, counters)
-    op = i.op
-    address = i.row * p.columns + i.col
-    if op == _WR_GB:
-        _plain(p, c, _WRGB, i.cols, fold, act, counters)
-    elif op == _MAC_AB:
-        _mac_columns(p, c, address, i.cols, fold, act, counters)
-    elif op == _RD_MAC:
-        _plain(p, c, _RDMAC, p.bursts, fold, act, counters)
-    elif op == _GEMV:
-        for o in range(i.outs):
-            _mac_columns(p, c, address + o * i.cols, i.cols, fold, act, counters)
-            _plain(p, c, _RDMAC, p.bursts, fold, act, counters)
+    macs = op == _MAC_AB or op == _GEMV
+    left, reading = cols, op == _RD_MAC
+    if reading:
+        left = p.bursts
     elif op == _WR_EL:
-        for o in range(i.outs):
-            row = (address + o * i.pitch) // p.columns
-            bank = 0
-            while bank < p.n_banks:
-                if _open_all(p, c, row, act, counters) and _step(p, c, _WR, bank, row, act, counters):
-                    bank += 1
-    else:
-        command = _RD if op == _RD_BK else _WR
-        j = 0
-        while j < i.cols:
-            row = (address + j) // p.columns
-            if _open_one(p, c, i.bank, row, act, counters):
-                in_row = min(i.cols - j, (row + 1) * p.columns - address - j)
-                j += _burst(p, c, command, i.bank, row, in_row, fold, act, counters)
+        left = p.n_banks
+    while outs > 0:
+        row = address // p.columns
+        command, bank, n, own = _WRGB, own_bank, left, True
+        if reading:
+            command = _RDMAC
+        elif macs or op == _WR_EL:
+            every, some, other = _all_open(p, c, row)
+            if every:
+                command = _MACAB if macs else _WR
+                if macs:
+                    n = min(left, (row + 1) * p.columns - address)
+                else:
+                    bank, n = p.n_banks - left, 1
+            else:
+                n, own = 1, False
+                if other or (some and p.staggered == 0):
+                    command = _PREAB
+                elif p.staggered == 0:
+                    command = _ACTAB
+                else:
+                    command, bank = _ACT, _next_closed(p, c)
+        elif op != _WR_GB:
+            opened = c.dram.open_row[bank]
+            if opened == row:
+                command = _RD if op == _RD_BK else _WR
+                n = min(left, (row + 1) * p.columns - address)
+            else:
+                n, own = 1, False
+                command = _PRE if opened >= 0 else _ACT
+        issued = _burst(p, c, command, bank, row, n, fold, act, counters)
+        if not own:
+            continue
+        left -= issued
+        if (macs and not reading) or op == _RD_BK or op == _WR_BK:
+            address += issued
+        if left == 0:
+            if op == _GEMV and not reading:
+                reading, left = True, p.bursts
+            else:
+                outs -= 1
+                if op == _GEMV:
+                    reading, left = False, cols
+                elif op == _WR_EL:
+                    left = p.n_banks
+                    address += pitch
     end = v[_TIME] - 1 + max(p.drain[op], 1)
-    if v[_DUE] >= end:
-        # Otherwise the drain holds a refresh, which `_settle` accounts for with what follows.
-        act[_DRAIN] += end - v[_TIME]
-        v[_TIME] = end
-    else:
-        _rest(p, c, end, _DRAIN, act, counters)
+    _rest(p, c, end, _DRAIN, act, counters)
     return end
 
 
-@njit(cache=True)
-def _asic_cycles(p, i, counters):
+@njit(**CALLED)
+def _asic_cycles(p, op, elements, outs, counters):
     """Cycles of an ASIC operation, and its additions and multiplications into the counters."""
     cycles = 0
-    for k in range(p.pass_start[i.op], p.pass_start[i.op + 1]):
-        n = 1 if p.pass_scalar[k] else i.n
+    for k in range(p.pass_start[op], p.pass_start[op + 1]):
+        n = 1 if p.pass_scalar[k] else elements
         adds, multiplies = n * p.pass_adds[k], n * p.pass_multiplies[k]
         if p.pass_scalar[k] == 0:
             issue = max((adds + p.adders - 1) // p.adders, (multiplies + p.multipliers - 1) // p.multipliers)
             cycles += max(issue, 1)
         cycles += p.pass_depth[k]
-        counters[_ASIC_ADDS] += adds * i.outs
-        counters[_ASIC_MULS] += multiplies * i.outs
-    return max(cycles * i.outs, 1)
+        counters[_ASIC_ADDS] += adds * outs
+        counters[_ASIC_MULS] += multiplies * outs
+    return max(cycles * outs, 1)
 
 
 # ---- the machine --------------------------------------------------------------------------------------
@@ -320,7 +289,7 @@ def _run(p, code, members, channels, weights, machine, activity, counters, first
     n_classes = len(weights)
     for n in range(len(code)):
         i = code[n]
-        tag = i.tag
+        tag, op, outs = i.tag, np.int64(i.op), np.int64(i.outs)
         sequencer = activity[tag, _SEQUENCER]
         asic = activity[tag, _ASIC]
         firsts[n] = now
@@ -330,13 +299,30 @@ def _run(p, code, members, channels, weights, machine, activity, counters, first
         dispatch = next_working(arrived, P, Q)
         if members[n] != 0:
             complete = dispatch + 1
+            address = i.row * p.columns + i.col
+            bank, cols, pitch = np.int64(i.bank), np.int64(i.cols), np.int64(i.pitch)
+            if op != _GEMV and op != _WR_EL:
+                outs = np.int64(1)
             for k in range(n_classes):
                 if (members[n] >> k) & 1:
                     c = channels[k]
-                    end = _execute(p, c, i, dispatch + 1, fold, activity[tag, _CHANNEL + k], counters[tag, k])
+                    end = _execute(
+                        p,
+                        c,
+                        op,
+                        address,
+                        bank,
+                        cols,
+                        outs,
+                        pitch,
+                        dispatch + 1,
+                        fold,
+                        activity[tag, _CHANNEL + k],
+                        counters[tag, k],
+                    )
                     complete = max(complete, end)
         else:
-            cycles = _asic_cycles(p, i, counters[tag, n_classes])
+            cycles = _asic_cycles(p, op, np.int64(i.n), outs, counters[tag, n_classes])
             complete = _after(dispatch, cycles, P, Q) + 1
             asic[_BUSY] += cycles
             asic[_CLOCK] += complete - dispatch - 1 - cycles
@@ -362,7 +348,7 @@ def _finish(p, c, end, act, counters):
     """Account for the channel up to tick `end`, the length of the run; what lies beyond did not happen."""
     v = c.v
     _rest(p, c, end, _IDLE, act, counters)
-    if v[_SINCE] >= 0:
+    if v[_UNIFORM] != _CLOSED:
         counters[_OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
     for t in range(end, v[_TIME]):  # the tail of the last refresh
         if t == v[_REF_PRE] or t == v[_REF_AT]:
@@ -379,7 +365,7 @@ def _finish(p, c, end, act, counters):
 def _new_channel(p: arch.PimParams, trace: int) -> Channel:
     v = np.zeros(8, np.int64)
     v[_DUE] = p.n_refi
-    v[[_SINCE, _REF_FROM, _REF_PRE, _REF_AT]] = -1
+    v[[_UNIFORM, _REF_PRE, _REF_AT]] = _CLOSED
     return Channel(new_state(p.dram), v, np.zeros((trace, 4), np.int64), np.zeros(_BUSY, np.int64))
 
 
@@ -551,6 +537,9 @@ def check(p: arch.PimParams, code: np.ndarray) -> None:
         (f"row, col, cols reach beyond the {columns} columns of a bank", last > columns),
         (f"col must be below the {p.columns} columns of a row", channel & (code["col"] >= p.columns)),
         (f"gb, cols reach beyond the {p.gb_columns} columns of the global buffer", gb > p.gb_columns),
+        ("cols must be at least 1", (last > 0) & (code["cols"] < 1) | (op == _WR_GB) & (code["cols"] < 1)),
+        ("outs must be at least 1", code["outs"] < 1),
+        ("n must be at least 1", ~channel & (code["n"] < 1)),
         (f"bank must be below {p.n_banks}", one_bank & (code["bank"] >= p.n_banks)),
         (f"lane must be below {p.lanes}", (op == _WR_EL) & (code["lane"] >= p.lanes)),
     )

@@ -2,14 +2,14 @@
 
 An image is a dict of arrays:
 
-| name     | dtype, shape                                 | holds                                              |
-|----------|----------------------------------------------|----------------------------------------------------|
-| "dram"   | uint16 [channels, banks, rows*columns*lanes] | bfloat16 bits; the column at linear address        |
-|          |                                              | a = row*columns + col begins at element a*lanes    |
-| "sram"   | uint16 [sram_columns*lanes]                  | bfloat16 bits                                      |
-| "gb"     | uint16 [channels, gb_columns*lanes]          | bfloat16 bits, the global buffers                  |
-| "acc"    | uint32 [channels, banks]                     | bits in the accumulators' format                   |
-| "argmax" | int64 [2]                                    | bfloat16 bits of the best value so far, its index  |
+| name     | dtype, shape                                 | holds                                             |
+| -------- | -------------------------------------------- | ------------------------------------------------- |
+| "dram"   | uint16 [channels, banks, rows*columns*lanes] | bfloat16 bits; the column at linear address       |
+|          |                                              | a = row*columns + col begins at element a*lanes   |
+| "sram"   | uint16 [sram_columns*lanes]                  | bfloat16 bits                                     |
+| "gb"     | uint16 [channels, gb_columns*lanes]          | bfloat16 bits, the global buffers                 |
+| "acc"    | uint32 [channels, banks]                     | bits in the accumulators' format                  |
+| "argmax" | int64 [2]                                    | bfloat16 bits of the best value so far, its index |
 
 Rounding is to nearest even, subnormals are kept, every NaN that leaves an operation is the canonical one.
 An instruction reads all its operands before it writes anything.
@@ -49,19 +49,11 @@ def interpret(
 
     `image` is not changed; `decisions` are handed through. Raises ValueError naming the segment and the
     instruction for an access beyond DRAM row, SRAM or global buffer, a mask without channels or with channels
-    that the machine lacks, a bank, lane or count (cols, outs, n: at least 1) out of range, an odd ROPE, and for
-    two channels of one instruction that write the same SRAM column.
+    that the machine lacks, a bank, lane or count (cols, outs, n: at least 1) out of range, an odd ROPE, and
+    for two channels of one instruction that write the same SRAM column.
     """
-    machine = Machine(spec, image)
-    for s, segment in enumerate(program.segments):
-        code = segment.regions.get("code")
-        for _ in range(segment.repeat):
-            for i, record in enumerate(code if code is not None else ()):
-                op = OPS[int(record["op"])].name
-                try:
-                    machine.execute(op, dict(zip(record.dtype.names, record.tolist(), strict=True)))
-                except ValueError as error:
-                    raise ValueError(f"segment {s}, instruction {i} ({op}): {error}") from None
+    machine = Machine(spec, {name: np.array(array) for name, array in image.items()})
+    machine.run(program)
     return machine.image, dict(decisions or {})
 
 
@@ -78,14 +70,17 @@ def column_sums(bank: NDArray[Any], buffer: NDArray[Any], fmt: FloatFormat) -> N
 
 
 class Machine:
-    """The state of a PIM-GPT system, and a method for each of its instructions, named like it."""
+    """The state of a PIM-GPT system, and a method for each of its instructions, named like it.
+
+    It works on the arrays of the image that it is given: `interpret` hands it a copy.
+    """
 
     def __init__(self, spec: PimSpec, image: Mapping[str, NDArray[Any]]) -> None:
-        """Takes a copy of the image. Raises ValueError if its arrays do not fit the spec."""
+        """Raises ValueError if the arrays of the image do not fit the spec."""
         self.asic = spec.asic
         self.params = p = spec.params()
         self.format = float_format(spec.pim.accumulator)
-        self.image = {name: np.array(array) for name, array in image.items()}
+        self.image = dict(image)
         for name, (shape, dtype) in _arrays(p).items():
             got = (image[name].shape, image[name].dtype) if name in image else "nothing"
             if got != (shape, dtype):
@@ -95,6 +90,19 @@ class Machine:
         self.sram = self.image["sram"].reshape(-1, p.lanes)
         self.gb = self.image["gb"].reshape(p.channels, -1, p.lanes)
         self.acc = self.image["acc"]
+
+    def run(self, program: Program) -> None:
+        """All of a program; raises as `interpret` does, with the instructions before the faulty one
+        executed."""
+        for s, segment in enumerate(program.segments):
+            code = segment.regions.get("code")
+            for _ in range(segment.repeat):
+                for i, record in enumerate(code if code is not None else ()):
+                    op = OPS[int(record["op"])].name
+                    try:
+                        self.execute(op, dict(zip(record.dtype.names, record.tolist(), strict=True)))
+                    except ValueError as error:
+                        raise ValueError(f"segment {s}, instruction {i} ({op}): {error}") from None
 
     def execute(self, op: str, fields: Fields) -> None:
         """One instruction. Raises ValueError for an operand out of range."""
@@ -229,7 +237,8 @@ class Machine:
         self.dram[channels, bank, first : first + cols] = self.sram[where]
 
     def WR_EL(self, f: Fields) -> None:
-        """For k < outs, at the linear column plus k * pitch: element `lane` of bank b's column becomes element
+        """For k < outs, at the linear column plus k * pitch: element `lane` of bank b's column becomes
+        element
         b mod lanes of SRAM column src + k * (banks / lanes) + b // lanes."""
         p, channels, outs = self.params, self._channels(f), self._count("outs", f)
         lane = self._below("lane", f["lane"], p.lanes)
@@ -307,7 +316,8 @@ class Machine:
             )
 
     def ROPE(self, f: Fields) -> None:
-        """asic.rope of `outs` vectors of n elements (even), pitch columns apart in src and dst; src2 holds n/2
+        """asic.rope of `outs` vectors of n elements (even), pitch columns apart in src and dst; src2 holds
+        n/2
         cosines and src3 n/2 sines, the same for every vector."""
         n, outs, pitch = self._count("n", f), self._count("outs", f), f["pitch"]
         if n % 2:

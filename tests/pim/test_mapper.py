@@ -1,6 +1,7 @@
-"""Mapped programs, executed by the interpreter, against decoders written straight from the models' definitions."""
+"""Mapped programs, executed by the interpreter, against decoders written straight from the definition."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tilewright.workloads import asic
 from tilewright.workloads.formats import from_bits, to_bits
 from tilewright.workloads.graph import decode_step
 from tilewright.workloads.models import ModelConfig, load_model
-from tilewright.workloads.pim import interpret
+from tilewright.workloads.pim import Machine, interpret
 
 SETS = [
     "channels=2", "dram.bankgroups=2", "dram.banks_per_group=2", "dram.rows=1200", "dram.row_bytes=64",
@@ -26,7 +27,8 @@ SETS = [
 
 
 def machine(*sets):
-    """2 channels of 4 banks with 4 lanes; rows of 8 columns, 4 buffer columns (16 elements), 128 SRAM columns."""
+    """2 channels of 4 banks with 4 lanes; rows of 8 columns, 4 buffer columns (16 elements), 128 SRAM
+    columns."""
     return build(PimSpec, apply_sets(load_tree("pim-gpt", ["pim"]), sets), "test")
 
 
@@ -36,15 +38,15 @@ FULL = machine()
 
 GPT = ModelConfig(
     name="tiny-gpt", family="gpt2", layers=2, d_model=18, heads=3, kv_heads=3, head_dim=6, d_ff=37, vocab=53,
-    positions=24, position_rows=24, activation="gelu_tanh", gated_mlp=False, norm="layernorm", norm_eps="1e-05",
-    position="learned", tie_embeddings=True, qkv_bias=True, attention_out_bias=True, mlp_bias=True, d_embed=18,
-    source="test",
+    positions=24, position_rows=24, activation="gelu_tanh", gated_mlp=False, norm="layernorm",
+    norm_eps="1e-05", position="learned", tie_embeddings=True, qkv_bias=True, attention_out_bias=True,
+    mlp_bias=True, d_embed=18, source="test",
 )  # fmt: skip
 OPT = dataclasses.replace(GPT, name="tiny-opt", activation="relu", position_rows=26, qkv_bias=False, d_ff=36)
 LLAMA = ModelConfig(
-    name="tiny-llama", family="llama", layers=2, d_model=24, heads=6, kv_heads=3, head_dim=10, d_ff=30, vocab=41,
-    positions=None, activation="silu", gated_mlp=True, norm="rmsnorm", norm_eps="1e-05", position="rotary",
-    rope_theta="10000.0", tie_embeddings=False, qkv_bias=False, attention_out_bias=False, mlp_bias=False,
+    name="tiny-llama", family="llama", layers=2, d_model=24, heads=6, kv_heads=3, head_dim=10, d_ff=30,
+    vocab=41, positions=None, activation="silu", gated_mlp=True, norm="rmsnorm", norm_eps="1e-05",
+    position="rotary", rope_theta="10000.0", tie_embeddings=False, qkv_bias=False, attention_out_bias=False, mlp_bias=False,
     d_embed=24, source="test",
 )  # fmt: skip
 
@@ -98,7 +100,8 @@ class Exact:
         return rounded(x)
 
     def dot(self, x, w):
-        """x [k], w [k, n]: columns of `lanes` products as a tree, columns in order, segments rounded and added."""
+        """x [k], w [k, n]: columns of `lanes` products as a tree, columns in order, segments rounded and
+        added."""
         out = None
         for start in range(0, len(x), self.segment):
             xs, ws = x[start : start + self.segment], w[start : start + self.segment]
@@ -244,10 +247,11 @@ def residual(mapped, model, image, lanes=4):
 
 
 def run_steps(spec, mapped, image):
-    """The image behind each step."""
+    """The image behind each step, changed in place."""
+    machine = Machine(spec, image)
     for segment in mapped.program.segments:
-        image, _ = interpret(spec, Program(ISA, [segment]), image)
-        yield image
+        machine.run(Program(ISA, [segment]))
+        yield machine.image
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,7 @@ def test_program_is_the_decoder(model, spec):
     weights = random_weights(model, 2)
     exact, plain = Decoder(model, weights, Exact(spec)), Decoder(model, weights, Plain())
     image = place_weights(spec, model, mapped.document, weights)
-    image["sram"][4 * mapped.document["sram"]["work"] :] = BF16.nan  # what lay there before must not matter
+    image["sram"][:] = BF16.nan  # what lay there before must not matter
     agree = 0
     for i, out in enumerate(run_steps(spec, mapped, image)):
         x, logits = exact.step(tokens[i], i)
@@ -273,10 +277,11 @@ def test_program_is_the_decoder(model, spec):
             continue
         best = int(np.argmax(logits))
         assert out["argmax"].tolist() == [to_bits(logits, BF16)[best], best]
-        # Two layers of roundings to 8 bits: a few per cent of logits near 1.
-        assert np.abs(logits - true).max() < 0.1
-        margin = np.sort(true)[-1] - np.sort(true)[-2]
-        if margin > 0.1:
+        # Two layers of roundings to 8 bits; measured: up to 0.034 of the logits' deviation.
+        error = np.abs(logits - true).max() / true.std()
+        assert error < 0.05
+        margin = (np.sort(true)[-1] - np.sort(true)[-2]) / true.std()
+        if margin > 0.1:  # both logits may be off by 0.05
             assert best == np.argmax(true)
             agree += 1
     assert i == 21 and agree > 10
@@ -299,7 +304,7 @@ def test_sequences_of_a_batch_have_their_own_cache():
 
 
 def test_small_tiles_change_no_value():
-    # No LM head tile smaller than a whole, no partial sum and no slot by itself: the same values in more records.
+    # LM head in six tiles, partial sums one out at a time, slot by slot.
     scenario = Scenario(generate=18)
     weights = random_weights(LLAMA, 5)
     images = []
@@ -364,14 +369,17 @@ def test_mac_columns_of_gpt2_xl():
     # d = 1600 = 100 columns of 16; outputs / (8 channels * 16 banks), rounded up, times input columns:
     # QKV 4800 -> 38 * 100 = 3800; out 1600 -> 13 * 100 = 1300; up 6400 -> 50 * 100 = 5000;
     # down 1600 -> 13 * 400 = 5200; a layer 15300, 48 layers 734400; LM head 50257 -> 393 * 100 = 39300.
-    # Attention in channel 0 with 25 heads over 8 channels: 4 slots. Token t = 1000 attends to 1001:
-    # scores ceil(1001 / 16) = 63 outs of 64 / 16 = 4 columns = 252 a head; values 4 groups of 63 = 252.
+    # Attention in channel 0 with 25 heads over 8 channels: 4 slots. Token 1007 attends to 1008 = 63 * 16:
+    # scores 63 outs of 64 / 16 = 4 columns = 252 a head; values 4 groups of 63 columns = 252.
     # 48 * 4 * (252 + 252) = 96768. Channel 1 has 3 slots: 72576.
-    mapped = map_model(FULL, load_model("gpt2-xl"), Scenario(context=1000, generate=1))
+    mapped = map_model(FULL, load_model("gpt2-xl"), Scenario(context=1007, generate=1))
     (segment,) = mapped.program.segments
     code = segment.regions["code"]
     assert mac_columns(code) == 734400 + 39300 + 96768
     assert mac_columns(code, 1) == 734400 + 39300 + 72576
+    # Two tiles of logits, 197 outs of 128 and what is left of the vocabulary.
+    argmax = code[code["op"] == OP["ARGMAX"]]
+    assert argmax[["imm", "n", "clear"]].tolist() == [(0, 25216, 1), (25216, 50257 - 25216, 0)]
     assert len(code) < 20_000
 
 
@@ -411,7 +419,8 @@ def test_token_ids():
 
 def test_document_round_trip_gives_the_same_program():
     first = map_model(SPEC, LLAMA, Scenario(generate=3))
-    again = map_model(SPEC, LLAMA, Scenario(generate=3), first.document)
+    kept = json.loads(json.dumps(first.document))
+    again = map_model(SPEC, LLAMA, Scenario(generate=3), kept)
     assert again.document == first.document
     assert again.program.text() == first.program.text()
 
@@ -435,7 +444,7 @@ def test_regions_can_be_moved():
         ({"tile": {}}, "mapping has no 'tile': did you mean tiles?"),
         ({"model": "gpt2-xl"}, "mapping.model must be 'tiny-gpt' here, not 'gpt2-xl'"),
         ({"cache_tokens": 0}, "mapping.cache_tokens must be a whole number in 1..1000000000, not 0"),
-        ({"tiles": {"attention_slots": 3}}, "mapping.tiles.attention_slots must be a whole number in 1..2, not 3"),
+        ({"tiles": {"attention_slots": 3}}, "mapping.tiles.attention_slots must be a whole number in 1..2,"),
         ({"tiles": {"lm_head_outs": "all"}}, "mapping.tiles.lm_head_outs must be a whole number in"),
         ({"tiles": 3}, "mapping.tiles must be a mapping, not 3"),
         ({"regions": {"layer 0 qvk": 3}}, "mapping.regions has no 'layer 0 qvk': did you mean layer 0 qkv?"),
@@ -516,7 +525,7 @@ def test_a_window_that_does_not_bind_is_no_obstacle():
     ("change", "message"),
     [
         (lambda w: w.pop("layer 1 up"), "weights: 'layer 1 up' is missing, an array of shape (18, 37)"),
-        (lambda w: w.update({"layer 1 down": np.zeros((3, 2))}), "weights: 'layer 1 down' must have shape (37, 18)"),
+        (lambda w: w.update({"layer 1 down": np.eye(3)}), "weights: 'layer 1 down' must have shape (37, 18)"),
         (lambda w: w.update({"layer 2 up": 0}), "weights: 'layer 2 up' is not used: did you mean layer"),
     ],
 )  # fmt: skip

@@ -1,0 +1,589 @@
+"""The verification plan of target pim: small machines, random timings, random programs, random numbers."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tilewright.arch import formats
+from tilewright.arch import pim as arch
+from tilewright.arch import spec as specs
+from tilewright.arch.dram import Issued, Organisation
+from tilewright.arch.errors import UserError
+from tilewright.arch.isa import Program, Segment
+from tilewright.arch.timeline import Timeline
+from tilewright.sim import pim as sim
+from tilewright.sim.dram_check import check_trace
+from tilewright.verify.engine import Case, Observed, Structure
+from tilewright.workloads import pim as meaning
+
+if TYPE_CHECKING:
+    from tilewright.rtl.cosim.simulator import Build
+    from tilewright.rtl.pim.run import Outcome
+
+SPEC = arch.PimSpec
+ISA = arch.ISA
+STRUCTURES = 6
+PROGRAMS = 25
+_BASE = "pim-gpt"
+_TRACED = 1 << 14  # DRAM commands kept of each channel: all that a case issues
+_REFEREED = 100  # of them are judged by the referee, whose work grows with the square
+
+Image = Mapping[str, np.ndarray]
+Rng = np.random.Generator
+
+# ---- structures ---------------------------------------------------------------------------------------
+
+# channels, bank groups, banks of a group, lanes, rows, columns, buffer columns, SRAM columns, accumulator.
+# The counts that matter to some rule: more banks than tFAW's four; one bank; one lane (no adder tree); one
+# column in a row; several RDMAC bursts; several channels; every accumulator format.
+_SHAPES: tuple[tuple[int, int, int, int, int, int, int, int, str], ...] = (
+    (1, 2, 2, 4, 8, 4, 8, 64, "fp32"),
+    (2, 1, 2, 2, 16, 8, 4, 64, "bf16"),
+    (1, 1, 2, 1, 8, 2, 4, 32, "fp32"),
+    (1, 2, 2, 2, 8, 4, 8, 32, "fp16"),
+    (3, 1, 1, 1, 8, 1, 4, 48, "bf16"),
+    (1, 4, 2, 2, 8, 4, 4, 64, "fp32"),
+)
+
+
+def structures(count: int, seed: int) -> list[Structure]:
+    """`count` machines: the fixed list first, then random ones from `seed`."""
+    shapes = list(_SHAPES[:count])
+    rng = np.random.default_rng((seed, 7))
+    while len(shapes) < count:
+        lanes, groups, banks = (int(1 << rng.integers(0, 3)) for _ in range(3))
+        if groups * banks > 8 or groups * banks % lanes:
+            continue
+        channels = int(rng.integers(1, 4)) if groups * banks * lanes <= 4 else 1
+        rows, columns, gb = int(rng.integers(4, 17)), int(1 << rng.integers(0, 4)), int(rng.integers(2, 9))
+        fmt = str(rng.choice(["fp32", "bf16", "fp16"]))
+        shapes.append((channels, groups, banks, lanes, rows, columns, gb, int(rng.integers(32, 65)), fmt))
+    return [_structure(shape) for shape in shapes]
+
+
+def _structure(shape: tuple[int, int, int, int, int, int, int, int, str]) -> Structure:
+    channels, groups, banks, lanes, rows, columns, gb, sram, fmt = shape
+    name = f"{channels} x {groups} x {banks} banks x {lanes} lanes, {columns} columns, {fmt}"
+    sets = _shape_sets(channels, groups, banks, lanes, rows, columns, gb, sram)
+    return Structure(name, _spec([*sets, f"pim.accumulator={fmt}", "name=small"]))
+
+
+def _shape_sets(
+    channels: int, groups: int, banks: int, lanes: int, rows: int, columns: int, gb: int, sram: int
+) -> list[str]:
+    column = 2 * lanes
+    return [
+        f"channels={channels}",
+        f"dram.bankgroups={groups}",
+        f"dram.banks_per_group={banks}",
+        f"dram.rows={rows}",
+        f"dram.row_bytes={columns * column}",
+        f"dram.column_bytes={column}",
+        f"dram.pins={lanes}",  # the burst stays as long as with 16 lanes on 16 pins
+        f"pim.lanes={lanes}",
+        f"pim.global_buffer_bytes={gb * column}",
+        f"asic.sram_bytes={sram * column}",
+    ]
+
+
+@cache
+def _base() -> specs.Tree:
+    return specs.load_tree(_BASE, ["pim"])
+
+
+def _spec(sets: Sequence[str]) -> arch.PimSpec:
+    spec = specs.build(SPEC, specs.apply_sets(_base(), sets), "verify")
+    assert isinstance(spec, arch.PimSpec)
+    return spec
+
+
+def scaled(spec: arch.PimSpec) -> tuple[Structure, list[str]]:
+    """The spec with at most 2 channels of 2 x 2 banks x 4 lanes, small rows and memories; its timings stay."""
+    d, p = spec.dram, spec.pim
+    lanes = min(p.lanes, 4)
+    groups, banks = min(d.bankgroups, 2), min(d.banks_per_group, 2)
+    while groups * banks % lanes:
+        lanes //= 2
+    old = (
+        spec.channels,
+        d.bankgroups,
+        d.banks_per_group,
+        p.lanes,
+        d.rows,
+        d.row_bytes // d.column_bytes,
+        p.global_buffer_bytes // d.column_bytes,
+        spec.asic.sram_bytes // d.column_bytes,
+    )
+    most = (2, groups, banks, lanes, 16, 8, 8, 64)
+    new = tuple(min(a, b) for a, b in zip(old, most, strict=True))
+    names = ("channels", "bank groups", "banks", "lanes", "rows", "columns", "buffer columns", "SRAM columns")
+    smaller = [f"{n} {a} to {b}" for n, a, b in zip(names, old, new, strict=True) if a != b]
+    notes = [f"scaled to what RTL simulates: {', '.join(smaller)}; timings kept"] if smaller else []
+    tree = specs.parse_yaml(_json(spec), "spec")
+    sets = [s for s in _shape_sets(*new) if not s.startswith("dram.pins")]
+    # As many ticks for a burst as before, with narrower columns.
+    sets.append(f"dram.pin_rate_gbps={d.pin_rate_gbps * new[3] / p.lanes}")
+    small = specs.build(SPEC, specs.apply_sets(tree, sets), spec.name)
+    return Structure(spec.name, small, keep_timing=True), notes
+
+
+def _json(spec: arch.PimSpec) -> str:
+    import json
+
+    from tilewright.verify.engine import document
+
+    return json.dumps(document(spec))
+
+
+# ---- random timings -----------------------------------------------------------------------------------
+
+_TICKS = tuple(Fraction(t) for t in ("1/2", "1", "3/4", "2/3"))
+_CLOCKS = tuple(Fraction(r) for r in ("1", "1/2", "2/3", "3/7", "1/5"))
+_TIMINGS = (
+    *("t_rcd_rd", "t_rcd_wr", "t_rcd_mac", "t_rp", "t_cl", "t_cwl", "t_cwl_gb", "t_wr", "t_rtp"),
+    *("t_wtr_s", "t_wtr_l", "t_ppd", "t_rfc", "t_rfc_pb", "t_rrefd"),
+)
+
+
+def _timed(structure: arch.PimSpec, rng: Rng, number: int) -> arch.PimSpec:
+    """The structure with random timings, clock ratio and activation, as tight as validation allows or looser."""
+    tick = _TICKS[number % len(_TICKS)]
+    longest = int(rng.choice([2, 6, 14]))
+
+    def some(low: int = 1, high: int = longest) -> int:
+        return int(rng.integers(low, max(high, low) + 1))
+
+    n = {name: some() for name in _TIMINGS}
+    n["t_cl_reg"], n["t_wpre"] = some(0), some(0, 2)
+    n["t_ccd_l"], n["t_rrd_l"], n["t_rc"] = some(1, 6), some(1, 8), some(1, 2 * longest)
+    n["t_ccd_s"], n["t_rrd_s"] = some(1, n["t_ccd_l"]), some(1, n["t_rrd_l"])
+    n["t_ras"], n["t_faw"] = some(1, n["t_rc"]), n["t_rrd_s"] + some(0, 30)
+    bits = structure.dram.column_bytes * 8
+    burst = some(1, 4)
+    sets = [
+        f"tick_ns={tick}",
+        f"dram.pin_rate_gbps={Fraction(bits, structure.dram.pins) / (burst * tick)}",
+        f"asic.clock_mhz={1000 / tick * _CLOCKS[number % len(_CLOCKS)]}",
+        f"pim.all_bank_activate={('simultaneous', 'staggered')[number // 2 % 2]}",
+    ]
+    for name, ticks in n.items():
+        # Any time above ticks - 1 rounds up to `ticks`.
+        part = Fraction(int(rng.integers(0, 4)), 5) if ticks else 0
+        sets.append(f"dram.timing.{name}_ns={(ticks - part) * tick}")
+    tree = specs.apply_sets(specs.parse_yaml(_json(structure), "structure"), sets)
+    refi = n["t_rfc"] + 4
+    while True:
+        overlay = specs.apply_sets(tree, [f"dram.timing.t_refi_ns={refi * tick}"])
+        try:
+            spec = specs.build(SPEC, overlay, "random timings")
+        except UserError as error:
+            if "t_refi_ns" not in str(error):
+                raise
+            refi += 1 + refi // 8
+            continue
+        if number % 3:  # loose, once the least that is valid is known
+            overlay = specs.apply_sets(tree, [f"dram.timing.t_refi_ns={refi * tick * int(rng.integers(2, 6))}"])
+            spec = specs.build(SPEC, overlay, "random timings")
+        assert isinstance(spec, arch.PimSpec)
+        return spec
+
+
+# ---- random programs ----------------------------------------------------------------------------------
+
+_OPERATIONS = [op.name for op in arch.OPS[: arch.N_CHANNEL_OPS]]
+
+
+class _Writer:
+    """Writes random instructions that lie within the machine."""
+
+    def __init__(self, spec: arch.PimSpec, rng: Rng) -> None:
+        self.p, self.rng = spec.params(), rng
+        self.now = 0  # a guess at the tick
+        self.last_row = 0
+
+    def pick(self, low: int, high: int) -> int:
+        """An integer of low..high, the ends more often than the rest."""
+        low = min(low, high)
+        kind = self.rng.integers(0, 6)
+        if kind < 2:
+            return high if kind else low
+        return int(self.rng.integers(low, high + 1))
+
+    def mask(self) -> int:
+        every = (1 << self.p.channels) - 1
+        return every if self.rng.integers(0, 3) == 0 else int(self.rng.integers(1, every + 1))
+
+    def place(self, columns: int) -> dict[str, int]:
+        """Row and column from which `columns` fit; often where the last instruction was, or at the very end."""
+        p = self.p
+        last = p.rows * p.columns - columns
+        kind = self.rng.integers(0, 6)
+        address = int(self.rng.integers(0, last + 1))
+        if kind == 0:
+            address = last
+        elif kind < 4:
+            address = min(self.last_row * p.columns + int(self.rng.integers(0, p.columns)), last)
+        self.last_row = (address + columns - 1) // p.columns
+        return {"row": address // p.columns, "col": address % p.columns}
+
+    def line(self, op: str | None = None) -> str:
+        p, pick = self.p, self.pick
+        op = op or str(self.rng.choice(_OPERATIONS))
+        mask = self.mask()
+        top = mask.bit_length() - 1  # its SRAM columns lie farthest
+        f: dict[str, int] = {}
+        if op in ("WR_GB", "MAC_AB", "GEMV"):
+            f["cols"] = pick(1, p.gb_columns)
+            f["gb"] = pick(0, p.gb_columns - f["cols"])
+        columns, sram, side = f.get("cols", 1), 0, ""
+        if op in ("RD_BK", "WR_BK"):
+            f["bank"], f["cols"] = pick(0, p.n_banks - 1), pick(1, min(2 * p.columns + 1, 12))
+            columns = f["cols"]
+        if op == "GEMV":
+            f["outs"], f["pitch"] = pick(1, 5), pick(0, 3)
+            columns *= f["outs"]
+        if op == "WR_EL":
+            f["outs"], f["pitch"], f["lane"] = pick(1, 5), pick(0, p.columns + 1), pick(0, p.lanes - 1)
+            columns = (f["outs"] - 1) * f["pitch"] + 1
+        if columns > p.rows * p.columns or (op == "MAC_AB" and columns > p.rows * p.columns):
+            return self.line(op)
+        if op not in ("WR_GB", "RD_MAC"):
+            f |= self.place(columns)
+        if op in ("WR_GB", "WR_BK"):
+            side, sram = "src", f["cols"]
+        elif op == "WR_EL":
+            side, sram = "src", f["outs"] * p.bursts
+        elif op == "RD_BK":
+            side, sram = "dst", f["cols"]
+        elif op == "RD_MAC":
+            side, sram = "dst", p.bursts
+        elif op == "GEMV":
+            side, sram = "dst", (f["outs"] - 1) * f["pitch"] + p.bursts
+        if side:
+            room = p.sram_columns - sram
+            # Channels may read the same SRAM columns, but never write them.
+            stride = pick(sram if side == "dst" and top else 0, min(sram + 2, room // max(top, 1)))
+            if room < 0 or (side == "dst" and top and stride < sram):
+                return self.line(op)
+            f["stride"] = stride if top else pick(0, 3)
+            f[side] = pick(0, room - f["stride"] * top) if top else pick(0, room)
+        return " ".join([op, f"channels={mask:#x}", *(f"{k}={v}" for k, v in f.items())])
+
+    def arrival(self) -> str:
+        """Mostly none; else a tick in the past, soon, or around a refresh to come."""
+        kind = self.rng.integers(0, 8)
+        self.now += 60
+        if kind == 0:
+            return f" not_before={int(self.rng.integers(0, 40))}"
+        if kind == 1:
+            self.now += int(self.rng.integers(0, 100))
+        elif kind == 2:
+            due = (self.now // self.p.n_refi + 1) * self.p.n_refi
+            self.now = max(0, due - int(self.rng.integers(-5, 30)))
+        else:
+            return ""
+        return f" not_before={self.now}"
+
+
+def _program(spec: arch.PimSpec, rng: Rng, number: int) -> str:
+    """A random program; its number decides which kind, so that every kind occurs."""
+    w = _Writer(spec, rng)
+    tags = [f"t{i}" for i in range(int(rng.integers(1, 5)))]
+    kinds: tuple[tuple[str, ...] | None, ...] = (
+        None,
+        ("WR_GB", "GEMV", "GEMV", "MAC_AB"),
+        None,
+        ("RD_BK", "WR_BK", "MAC_AB", "WR_EL"),
+        None,
+    )
+    operations = kinds[number % len(kinds)]
+    lines: list[str] = []
+    for k in range(int(rng.integers(4, 15)) if number != 1 else 0):
+        op = None if operations is None else str(rng.choice(operations))
+        if k == 3 and number % 4 == 2:
+            lines.append(".segment repeat=2 label=again")
+        lines.append(f"{w.line(op)} tag={rng.choice(tags)}{w.arrival()}")
+        if rng.integers(0, 5) == 0:  # the same again: same row, back to back
+            lines.append(lines[-1])
+    if number == 1:
+        # Long bursts; a refresh long awaited with the rows open; and one that falls due in every drain.
+        lines = [w.line("MAC_AB") for _ in range(6)] + [w.line("GEMV") for _ in range(4)]
+        lines.append(f"{w.line('WR_BK')} not_before={(w.p.n_refi) * 12}")
+    if number % 2:
+        lines += [f"{op} channels=0x{(1 << w.p.channels) - 1:x} {rest} tag=last" for op, rest in _LAST]
+    return "\n".join(lines) + "\n"
+
+
+# What random numbers rarely leave: accumulators that the run ends with.
+_LAST = (("WR_GB", "cols=1 src=1"), ("MAC_AB", "row=1 cols=1"))
+
+
+def cases(structure: Structure, count: int, seed: Sequence[int]) -> list[Case]:
+    """`count` cases; equal seeds give equal cases."""
+    out = []
+    for number in range(count):
+        rng = np.random.default_rng([*seed, number])
+        spec = structure.spec
+        assert isinstance(spec, arch.PimSpec)
+        if not structure.keep_timing:
+            spec = _timed(spec, rng, number)
+        out.append(Case(spec, _program(spec, rng, number), 5 * int(rng.integers(0, 1 << 40)) + number % 5))
+    return out
+
+
+# ---- images -------------------------------------------------------------------------------------------
+
+_SPECIAL = np.array(
+    [
+        *(0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x8080),  # zeros, subnormals, the smallest normal
+        *(0x3F80, 0xBF80, 0x3F81, 0x4000, 0x3F00, 0x4049),  # ones and their neighbours
+        *(0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0xFFC1, 0x7F81),  # largest, infinities, NaNs
+    ],
+    np.uint16,
+)
+
+
+def image(spec: arch.PimSpec, seed: int) -> dict[str, np.ndarray]:
+    """A memory image; the seed's remainder by 5 says of what: small numbers, specials, ties, tiny, any bits."""
+    rng = np.random.default_rng(seed)
+    kind = seed % 5
+    out = meaning.blank_image(spec.params())
+    for name in ("dram", "sram", "gb"):
+        shape = out[name].shape
+        values = rng.standard_normal(shape).astype(np.float32)
+        if kind == 2:  # few bits apart in exponent: sums that tie
+            values = (rng.integers(-128, 129, shape) * np.float32(2) ** rng.integers(-9, 9, shape)).astype(
+                np.float32
+            )
+        elif kind == 3:  # products below the normal range, of bfloat16 and of fp16
+            values = values * np.float32(2.0) ** rng.choice([-63, -66, -70, -126, -9, -12], shape)
+        bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        if kind == 1:
+            bits = np.where(rng.random(shape) < 0.15, rng.choice(_SPECIAL, shape), bits)
+        elif kind == 4:
+            bits = rng.integers(0, 1 << 16, shape).astype(np.uint16)
+        out[name][...] = bits
+    return out
+
+
+# ---- the three readings -------------------------------------------------------------------------------
+
+
+def one_by_one(program: Program) -> Program:
+    """The program in one segment, repetitions written out, instruction i with tag i."""
+    parts = [s.regions["code"] for s in program.segments for _ in range(s.repeat)]
+    code = np.concatenate(parts) if parts else np.zeros(0, ISA.record("code").dtype)
+    code["tag"] = np.arange(len(code))
+    return Program(ISA, [Segment({"code": code})], [str(i) for i in range(len(code))])
+
+
+def interpret(spec: arch.PimSpec, program: Program, image: Image) -> dict[str, np.ndarray]:
+    return meaning.interpret(spec, program, image)[0]
+
+
+def simulate(spec: arch.PimSpec, program: Program, *, fold: bool, trace: bool) -> Timeline:
+    return sim.simulate(spec.params(), program, fold=fold, trace=_TRACED if trace else 0)
+
+
+def build(spec: arch.PimSpec, waves: bool) -> "Build":
+    from tilewright.rtl.pim.run import build_rtl
+
+    return build_rtl(spec, waves=waves)
+
+
+def run_rtl(
+    build: "Build", cases: Sequence[tuple[arch.PimSpec, Program, Image]], waves: Path | None
+) -> "list[Outcome]":
+    from tilewright.rtl.pim.run import Case as RtlCase
+    from tilewright.rtl.pim.run import run_cases
+
+    return run_cases(build, [RtlCase(s.params(), program, image) for s, program, image in cases], waves=waves)
+
+
+# ---- referee and coverage -----------------------------------------------------------------------------
+
+_COMMANDS = ("ACT", "ACTab", "PREpb", "PREab", "RD", "WR", "MACab", "WRGB", "RDMAC", "REFab")
+
+
+def referee(observed: Observed, most: int = _REFEREED) -> str | None:
+    """What the independent checker objects to in the first `most` DRAM commands of each channel."""
+    spec, trace = observed.case.spec, observed.timeline.trace
+    assert isinstance(spec, arch.PimSpec) and trace is not None
+    d = spec.dram
+    organisation = Organisation(
+        bankgroups=d.bankgroups,
+        banks_per_group=d.banks_per_group,
+        rows=d.rows,
+        columns=d.row_bytes // d.column_bytes,
+        column_bits=8 * d.column_bytes,
+        access_bytes=d.column_bytes,
+    )
+    for channel in range(spec.channels):
+        rows = trace[trace[:, 1] == channel][:most].tolist()
+        issued = [Issued(t, _COMMANDS[command], max(bank, 0), row) for t, _, command, bank, row in rows]
+        violation = check_trace(arch.GDDR6_PIM, spec.timing, organisation, issued)
+        if violation is not None:
+            return f"channel {channel}: {violation}"
+    return None
+
+
+_CHANNEL_CAUSES = (*arch.DRAM_CAUSES, "drain", "idle")
+_SEQUENCER_CAUSES = ("arrival", "wait", "clock")
+COVERAGE = (
+    *(f"instruction {name}" for name in _OPERATIONS),
+    *(f"command {name}" for name in _COMMANDS),
+    *(f"channel stall {cause}" for cause in _CHANNEL_CAUSES),
+    *(f"sequencer stall {cause}" for cause in _SEQUENCER_CAUSES),
+    "refresh in a burst",
+    "refresh in a drain",
+    "refresh before the first command",
+    "refresh while idle",
+    "refresh with rows open",
+    "refresh with rows closed",
+    "refresh cut by the end",
+    "activate simultaneous",
+    "activate staggered",
+    "clock 1/1",
+    "clock 1/n",
+    "clock m/n",
+    "row wrap",
+    "row wrap in MAC_AB",
+    "last row",
+    "one column",
+    "whole buffer",
+    "ragged row",
+    "several outs",
+    "pitch 0",
+    "last lane",
+    "stride",
+    "not_before waits",
+    "not_before past",
+    "channel left out",
+    "tag shared",
+    "segment repeated",
+    "accumulators left",
+    "accumulators carried on",
+    *(f"accumulator {name}" for name in ("fp32", "bf16", "fp16")),
+    *(f"result {kind}" for kind in ("nan", "infinity", "subnormal", "zero", "normal")),
+)
+
+
+def count(observed: Observed) -> Counter[str]:
+    """What the case exercised, by the names of COVERAGE."""
+    spec, timeline = observed.case.spec, observed.timeline
+    assert isinstance(spec, arch.PimSpec)
+    p = spec.params()
+    code = observed.steps.segments[0].regions["code"]  # type: ignore[index]
+    out: Counter[str] = Counter()
+    for name, n in zip(_COMMANDS, timeline.counters.sum(axis=0), strict=False):
+        out[f"command {name}"] += int(n)
+    for unit in timeline.units:
+        if unit != "asic":
+            for cause, ticks in timeline.unit(unit).items():
+                out[f"{unit.split()[0]} stall {cause}"] += ticks if cause != "busy" else 0
+    out[f"activate {spec.pim.all_bank_activate}"] += 1
+    clock = "1/1" if p.asic_q == 1 else ("1/n" if p.asic_p == 1 else "m/n")
+    out[f"clock {clock}"] += 1
+    out[f"accumulator {spec.pim.accumulator}"] += 1
+    out += _count_fields(p, code, timeline)
+    out["segment repeated"] += sum(s.repeat > 1 for s in observed.program.segments)
+    tags = np.concatenate([s.regions["code"]["tag"] for s in observed.program.segments])
+    out["tag shared"] += len(tags) - len(np.unique(tags))
+    out += _count_refreshes(p, code, timeline)
+    out += _count_results(spec, observed)
+    return +out
+
+
+def _count_fields(p: arch.PimParams, code: np.ndarray, timeline: Timeline) -> Counter[str]:
+    out: Counter[str] = Counter()
+    carried = False
+    for i, span in zip(code, timeline.spans, strict=True):
+        op = arch.OPS[int(i["op"])].name
+        f = {name: int(i[name]) for name in i.dtype.names}
+        out[f"instruction {op}"] += 1
+        used = arch.OPS[int(i["op"])].fields
+        columns = {"GEMV": f["cols"] * f["outs"], "WR_EL": 1}.get(op, f["cols"])
+        if "row" in used:
+            end = f["row"] * p.columns + f["col"] + columns
+            wraps = f["col"] + columns > p.columns
+            out["row wrap"] += wraps
+            out["row wrap in MAC_AB"] += wraps and op == "MAC_AB"
+            out["last row"] += end > (p.rows - 1) * p.columns
+            out["ragged row"] += end % p.columns != 0 and columns > 1
+        out["one column"] += "cols" in used and f["cols"] == 1
+        out["whole buffer"] += "gb" in used and f["cols"] == p.gb_columns
+        out["several outs"] += "outs" in used and f["outs"] > 1
+        out["pitch 0"] += "pitch" in used and f["pitch"] == 0 and f["outs"] > 1
+        out["last lane"] += op == "WR_EL" and f["lane"] == p.lanes - 1 and p.lanes > 1
+        out["stride"] += "stride" in used and f["stride"] > 0 and f["channels"] > 1
+        out["not_before past"] += 0 < f["not_before"] < int(span["first"])
+        out["not_before waits"] += f["not_before"] > int(span["first"]) + 2
+        out["channel left out"] += f["channels"] != (1 << p.channels) - 1
+        out["accumulators carried on"] += carried and op in ("MAC_AB", "GEMV")
+        carried = op == "MAC_AB" or (carried and op not in ("RD_MAC", "GEMV"))
+    return out
+
+
+def _count_refreshes(p: arch.PimParams, code: np.ndarray, timeline: Timeline) -> Counter[str]:
+    """When each refresh fell due: what its channel was at."""
+    out: Counter[str] = Counter()
+    assert timeline.trace is not None
+    for channel in range(p.channels):
+        rows = timeline.trace[timeline.trace[:, 1] == channel]
+        ticks, commands = rows[:, 0], rows[:, 2]
+        refreshes = np.flatnonzero(commands == arch.CMD.REFAB)
+        dues = (np.arange(len(refreshes)) + 1) * p.n_refi
+        upkeep = set(refreshes.tolist())
+        for k, due in zip(refreshes, dues, strict=True):
+            closing = k > 0 and commands[k - 1] == arch.CMD.PREAB and ticks[k - 1] >= due
+            out["refresh with rows open" if closing else "refresh with rows closed"] += 1
+            upkeep |= {int(k) - 1} if closing else set()
+        own = np.array([t for j, t in enumerate(ticks) if j not in upkeep], np.int64)
+        for due in dues:
+            out[f"refresh {_activity(p, code, timeline, channel, own, int(due))}"] += 1
+        # A refresh due, whose REFab would issue after the end.
+        out["refresh cut by the end"] += (timeline.ticks - 1) // p.n_refi > len(refreshes)
+    return out
+
+
+def _activity(
+    p: arch.PimParams, code: np.ndarray, timeline: Timeline, channel: int, own: np.ndarray, due: int
+) -> str:
+    """What the channel, whose commands for instructions issued at `own`, is at in tick `due`."""
+    spans = timeline.spans
+    n = int(np.searchsorted(spans["end"], due, "right"))
+    if n >= len(code) or not int(code["channels"][n]) >> channel & 1:
+        return "while idle"
+    inside = own[(own >= spans["first"][n]) & (own < spans["end"][n])]
+    drain = max(int(p.drain[code["op"][n]]), 1)
+    if (inside < due).any() and (inside >= due).any():
+        return "in a burst"
+    if (inside >= due).any():
+        return "before the first command" if due >= spans["first"][n] + 3 else "while idle"
+    return "in a drain" if len(inside) and due < inside.max() + drain else "while idle"
+
+
+def _count_results(spec: arch.PimSpec, observed: Observed) -> Counter[str]:
+    """The kinds of number that appear in SRAM and accumulators and were not there before."""
+    out: Counter[str] = Counter()
+    p = spec.params()
+    sram = observed.after["sram"]
+    written = sram[sram != observed.before["sram"]]
+    acc = observed.after["acc"].reshape(-1)
+    out["accumulators left"] += int((acc != 0).sum())
+    for bits, fmt in ((written, formats.BF16), (acc, formats.float_format(spec.pim.accumulator))):
+        magnitude = bits.astype(np.int64) & (fmt.sign - 1)
+        out["result nan"] += int((magnitude > fmt.overflow).sum())
+        out["result infinity"] += int((magnitude == fmt.overflow).sum())
+        out["result subnormal"] += int(((magnitude > 0) & (magnitude < fmt.min_normal)).sum())
+        out["result normal"] += int(((magnitude >= fmt.min_normal) & (magnitude < fmt.overflow)).sum())
+        if bits is written:
+            out["result zero"] += int((magnitude == 0).sum())
+    assert prod(acc.shape) == p.channels * p.n_banks
+    return out
