@@ -119,36 +119,43 @@ def parse_yaml(text: str, name: str) -> Tree:
     Anchors and aliases are refused (a few lines of them expand to gigabytes), as are repeated keys,
     non-string keys and nesting deeper than twelve levels.
     """
-    if len(text) > MAX_BYTES:
-        raise UserError(f"{name}: a spec has at most {MAX_BYTES} bytes, not {len(text)}")
     try:
-        depth = 0
+        check_yaml(text, name)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise UserError(f"{name}: nested deeper than {MAX_DEPTH} levels") from None
+    if root is None:
+        raise UserError(f"{name}: the file is empty; a spec needs at least `target` or `base`")
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{name}: a spec must be a mapping of keys to values")
+    return _mapping(root, name, "")
+
+
+def check_yaml(text: str, name: str) -> None:
+    """Raises UserError, naming the line, for YAML that is invalid, too long, aliased or nested too deeply."""
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{name}: at most {MAX_BYTES} characters are allowed, not {len(text)}")
+    depth = documents = 0
+    try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            where = f"{name}:{event.start_mark.line + 1}"
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError(
-                    f"{name}:{event.start_mark.line + 1}: YAML anchors and aliases are not allowed"
-                )
-            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+                raise UserError(f"{where}: YAML anchors and aliases are not allowed")
+            if isinstance(event, yaml.DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    raise UserError(f"{where}: a second YAML document is not allowed")
+            elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 depth += 1
                 if depth > MAX_DEPTH:
-                    raise UserError(
-                        f"{name}:{event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels"
-                    )
+                    raise UserError(f"{where}: nested deeper than {MAX_DEPTH} levels")
             elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
                 depth -= 1
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is None:
-            raise UserError(f"{name}: the file is empty; a spec needs at least `target` or `base`")
-        if not isinstance(root, yaml.MappingNode):
-            raise UserError(f"{name}: a spec must be a mapping of keys to values")
-        return _mapping(root, name, "")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{name}{line}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise UserError(f"{name}: nested deeper than {MAX_DEPTH} levels") from None
 
 
 def _scalar(node: yaml.Node) -> Any:

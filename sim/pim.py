@@ -44,7 +44,7 @@ assert [arch.OP[o] for o in ("WR_GB", "MAC_AB", "RD_MAC", "GEMV", "RD_BK", "WR_B
 )
 
 # Fields of a channel's register vector.
-_TIME, _DUE, _SINCE, _UNIFORM, _REF_PRE, _REF_AT, _EVENTS, _TRACED = range(8)
+_TIME, _DUE, _SINCE, _UNIFORM, _REF_PRE, _REF_AT, _TRACED = range(7)
 _CLOSED, _MIXED = -1, -2  # _UNIFORM, where no single row is open in every bank
 
 
@@ -52,12 +52,23 @@ class Channel(NamedTuple):
     """State of one channel, or of several that have done the same so far."""
 
     dram: DramState
-    # int64[8]: first tick not yet accounted for; next refresh due; tick of the command that opened the first
+    # int64[7]: first tick not yet accounted for; next refresh due; tick of the command that opened the first
     # of the open rows; the row that all banks have open; PREab (-1: none) and REFab tick of the last refresh;
-    # commands; traced commands
+    # traced commands
     v: np.ndarray
     trace: np.ndarray  # int64[capacity, 4]: tick, command, bank (-1: all), row
     scratch: np.ndarray  # int64[causes]: causes that nobody asks for
+
+
+class Work(NamedTuple):
+    """What an instruction asks of a channel; `address` is the linear column."""
+
+    op: int
+    address: int
+    bank: int
+    cols: int
+    outs: int
+    pitch: int
 
 
 # ---- clock domain -------------------------------------------------------------------------------------
@@ -105,7 +116,6 @@ def _issue(p, c, command, bank, row, t, act, counters):
         v[_TRACED] += 1
     act[_BUSY] += 1
     counters[command] += 1
-    v[_EVENTS] += 1
     v[_TIME] = t + 1
 
 
@@ -162,7 +172,6 @@ def _burst(p, c, command, bank, row, n, fold, act, counters):
             act[_BUSY] += more
             act[_COLUMN] += more * (cadence - 1)
             counters[command] += more
-            v[_EVENTS] += more
             t += more * cadence
             n = min(n, more + 1)  # the rest waits for the refresh: bank states change
         _issue(p, c, command, bank, row, t, act, counters)
@@ -194,12 +203,12 @@ def _next_closed(p, c):
 
 
 @njit(**CALLED)
-def _execute(p, c, op, address, own_bank, cols, outs, pitch, start, fold, act, counters):
+def _execute(p, c, work, start, fold, act, counters):
     """One instruction on one channel, which sees it from tick `start`; returns the tick it is complete.
 
     Like the controller: look at the banks, issue the command that is needed next, move on.
     """
-    v = c.v
+    v, op, address, cols, outs = c.v, work.op, work.address, work.cols, work.outs
     _rest(p, c, start, _IDLE, act, counters)
     macs = op == _MAC_AB or op == _GEMV
     left, reading = cols, op == _RD_MAC
@@ -209,7 +218,7 @@ def _execute(p, c, op, address, own_bank, cols, outs, pitch, start, fold, act, c
         left = p.n_banks
     while outs > 0:
         row = address // p.columns
-        command, bank, n, own = _WRGB, own_bank, left, True
+        command, bank, n, own = _WRGB, work.bank, left, True
         if reading:
             command = _RDMAC
         elif macs or op == _WR_EL:
@@ -251,7 +260,7 @@ def _execute(p, c, op, address, own_bank, cols, outs, pitch, start, fold, act, c
                     reading, left = False, cols
                 elif op == _WR_EL:
                     left = p.n_banks
-                    address += pitch
+                    address += work.pitch
     end = v[_TIME] - 1 + max(p.drain[op], 1)
     _rest(p, c, end, _DRAIN, act, counters)
     return end
@@ -276,157 +285,212 @@ def _asic_cycles(p, op, elements, outs, counters):
 # ---- the machine --------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
-def _run(p, code, members, channels, weights, machine, activity, counters, firsts, ends, fold):
-    """Execute a segment's instructions.
+class Machine(NamedTuple):
+    """State and tables of a run. A class is a set of channels whose states are equal; it is simulated once."""
 
-    machine int64[1]: the tick at which the next fetch may begin. `members` int64[n]: mask of the classes of
-    channels that execute each instruction; class k stands for weights[k] channels. Activity
-    [tags + 1, units, causes + busy]; counters [tags + 1, classes + 1, counters], the last for the ASIC.
+    now: np.ndarray  # int64[1]: the tick at which the next fetch may begin
+    members: np.ndarray  # int64[classes]: mask of the channels in each class; 0 where the slot is free
+    last: np.ndarray  # DramState.last of each class
+    open_row: np.ndarray  # DramState.open_row of each class
+    v: np.ndarray  # Channel.v of each class
+    trace: np.ndarray  # Channel.trace of each class
+    activity: np.ndarray  # int64[tags + 1, units, causes + busy]; the last row belongs to no tag
+    counters: np.ndarray  # int64[tags + 1, counters]
+    act: np.ndarray  # int64[causes + busy]: one class, one instruction
+    count: np.ndarray  # int64[counters]: the same
+    scratch: np.ndarray  # Channel.scratch
+
+
+@njit(cache=True)
+def _channel(m, k):
+    """The state of class k, as views."""
+    return Channel(DramState(m.last[k], m.open_row[k]), m.v[k], m.trace[k], m.scratch)
+
+
+@njit(cache=True)
+def _credit(m, tag, k):
+    """Add what a class did to each of its channels, and clear it."""
+    channels = 0
+    for c in range(m.activity.shape[1] - _CHANNEL):
+        if (m.members[k] >> c) & 1:
+            channels += 1
+            for j in range(len(m.act)):
+                m.activity[tag, _CHANNEL + c, j] += m.act[j]
+    for j in range(len(m.count)):
+        m.counters[tag, j] += m.count[j] * channels
+    m.act[:] = 0
+    m.count[:] = 0
+
+
+@njit(cache=True)
+def _split(m, mask):
+    """Separate the channels that execute from those of their class that do not."""
+    for k in range(len(m.members)):
+        inside = m.members[k] & mask
+        outside = m.members[k] & ~mask
+        if inside and outside:
+            free = 0
+            while m.members[free]:
+                free += 1
+            m.members[k], m.members[free] = inside, outside
+            m.last[free] = m.last[k]
+            m.open_row[free] = m.open_row[k]
+            m.v[free] = m.v[k]
+
+
+@njit(cache=True)
+def _equal(m, a, b, longest):
+    """Whether nothing that can still happen tells class a from class b.
+
+    `longest` is the largest latency of any constraint: what lies further back is over. Ticks of the last
+    refresh matter only while they lie ahead.
     """
-    now = machine[0]
+    x, y = m.v[a], m.v[b]
+    if x[_TIME] != y[_TIME] or x[_DUE] != y[_DUE] or x[_UNIFORM] != y[_UNIFORM]:
+        return False
+    if x[_UNIFORM] != _CLOSED and x[_SINCE] != y[_SINCE]:
+        return False
+    for j in (_REF_PRE, _REF_AT):
+        if max(x[j], m.now[0]) != max(y[j], m.now[0]):
+            return False
+    if (m.open_row[a] != m.open_row[b]).any():
+        return False
+    horizon = x[_TIME] - longest
+    p, q = m.last[a].ravel(), m.last[b].ravel()
+    for j in range(len(p)):
+        if p[j] != q[j] and (p[j] > horizon or q[j] > horizon):
+            return False
+    return True
+
+
+@njit(cache=True)
+def _merge(m, longest):
+    """Join classes whose states have become equal again."""
+    for a in range(len(m.members)):
+        for b in range(a + 1, len(m.members)):
+            if m.members[a] and m.members[b] and _equal(m, a, b, longest):
+                m.members[a] |= m.members[b]
+                m.members[b] = 0
+
+
+@njit(cache=True)
+def _run(p, code, m, firsts, ends, fold):
+    """Execute a segment's instructions; `firsts`, `ends` int64[n] take each one's first tick and end."""
     P, Q = p.asic_p, p.asic_q
-    n_classes = len(weights)
+    longest = p.dram.row_latency.max()
     for n in range(len(code)):
         i = code[n]
+        now = m.now[0]
         tag, op, outs = i.tag, np.int64(i.op), np.int64(i.outs)
-        sequencer = activity[tag, _SEQUENCER]
-        asic = activity[tag, _ASIC]
-        firsts[n] = now
         fetch = next_working(now, P, Q)
         load = next_working(fetch + 1, P, Q)
         arrived = max(load + 1, i.not_before)
         dispatch = next_working(arrived, P, Q)
-        if members[n] != 0:
-            complete = dispatch + 1
-            address = i.row * p.columns + i.col
-            bank, cols, pitch = np.int64(i.bank), np.int64(i.cols), np.int64(i.pitch)
-            if op != _GEMV and op != _WR_EL:
-                outs = np.int64(1)
-            for k in range(n_classes):
-                if (members[n] >> k) & 1:
-                    c = channels[k]
-                    end = _execute(
-                        p,
-                        c,
-                        op,
-                        address,
-                        bank,
-                        cols,
-                        outs,
-                        pitch,
-                        dispatch + 1,
-                        fold,
-                        activity[tag, _CHANNEL + k],
-                        counters[tag, k],
-                    )
+        complete = dispatch + 1
+        asic = m.activity[tag, _ASIC]
+        mask = np.int64(i.channels) if op <= _WR_EL else 0
+        if mask:
+            _split(m, mask)
+            repeats = outs if op == _GEMV or op == _WR_EL else 1
+            work = Work(
+                op, i.row * p.columns + i.col, np.int64(i.bank), np.int64(i.cols), repeats, np.int64(i.pitch)
+            )
+            for k in range(len(m.members)):
+                if m.members[k] & mask:
+                    end = _execute(p, _channel(m, k), work, dispatch + 1, fold, m.act, m.count)
                     complete = max(complete, end)
+                    _credit(m, tag, k)
         else:
-            cycles = _asic_cycles(p, op, np.int64(i.n), outs, counters[tag, n_classes])
+            cycles = _asic_cycles(p, op, np.int64(i.n), outs, m.counters[tag])
             complete = _after(dispatch, cycles, P, Q) + 1
             asic[_BUSY] += cycles
             asic[_CLOCK] += complete - dispatch - 1 - cycles
             asic[_IDLE] -= complete - dispatch - 1
         retire = next_working(complete, P, Q)
+        sequencer = m.activity[tag, _SEQUENCER]
         sequencer[_BUSY] += 4
         sequencer[_ARRIVAL] += arrived - load - 1
         sequencer[_WAIT] += complete - dispatch - 1
         sequencer[_CLOCK] += fetch - now + load - fetch - 1 + dispatch - arrived + retire - complete
         asic[_IDLE] += retire + 1 - now
-        now = retire + 1
-        ends[n] = now
-        for k in range(n_classes):
-            c = channels[k]
-            if c.v[_DUE] >= now and c.v[_TIME] < now:
-                activity[tag, _CHANNEL + k, _IDLE] += now - c.v[_TIME]
-                c.v[_TIME] = now
-    machine[0] = now
+        firsts[n], ends[n] = now, retire + 1
+        m.now[0] = retire + 1
+        classes = 0
+        for k in range(len(m.members)):
+            # Up to here nothing is asked of the channel; a refresh in between is left to what follows.
+            v = m.v[k]
+            if m.members[k] and v[_DUE] >= retire + 1 and v[_TIME] < retire + 1:
+                m.act[_IDLE] += retire + 1 - v[_TIME]
+                v[_TIME] = retire + 1
+                _credit(m, tag, k)
+            classes += m.members[k] != 0
+        if fold and classes > 1:
+            _merge(m, longest)
 
 
 @njit(cache=True)
-def _finish(p, c, end, act, counters):
-    """Account for the channel up to tick `end`, the length of the run; what lies beyond did not happen."""
-    v = c.v
-    _rest(p, c, end, _IDLE, act, counters)
-    if v[_UNIFORM] != _CLOSED:
-        counters[_OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
-    for t in range(end, v[_TIME]):  # the tail of the last refresh
-        if t == v[_REF_PRE] or t == v[_REF_AT]:
-            act[_BUSY] -= 1
-            counters[_PREAB if t == v[_REF_PRE] else _REFAB] -= 1
-            v[_EVENTS] -= 1
-            v[_TRACED] -= 1 if v[_TRACED] > 0 else 0
-        else:
-            act[_REFRESH] -= 1
-    if v[_REF_PRE] >= end:
-        counters[_OPEN_TICKS] -= v[_REF_PRE] - (end - 1)
+def _finish(p, m):
+    """The last fetch, which finds the end of the program; returns the ticks of the run.
+
+    Channels are accounted for up to there; what of a refresh lies beyond did not happen.
+    """
+    nobody = len(m.activity) - 1
+    fetch = next_working(m.now[0], p.asic_p, p.asic_q)
+    end = fetch + 1
+    m.activity[nobody, _SEQUENCER, _BUSY] += 1
+    m.activity[nobody, _SEQUENCER, _CLOCK] += fetch - m.now[0]
+    m.activity[nobody, _ASIC, _IDLE] += end - m.now[0]
+    for k in range(len(m.members)):
+        if m.members[k] == 0:
+            continue
+        c, v = _channel(m, k), m.v[k]
+        _rest(p, c, end, _IDLE, m.act, m.count)
+        if v[_UNIFORM] != _CLOSED:
+            m.count[_OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
+        for t in range(end, v[_TIME]):  # the tail of the last refresh
+            if t == v[_REF_PRE] or t == v[_REF_AT]:
+                m.act[_BUSY] -= 1
+                m.count[_PREAB if t == v[_REF_PRE] else _REFAB] -= 1
+                v[_TRACED] -= 1 if v[_TRACED] > 0 else 0
+            else:
+                m.act[_REFRESH] -= 1
+        if v[_REF_PRE] >= end:
+            m.count[_OPEN_TICKS] -= v[_REF_PRE] - (end - 1)
+        _credit(m, nobody, k)
+    return end
 
 
-def _new_channel(p: arch.PimParams, trace: int) -> Channel:
-    v = np.zeros(8, np.int64)
-    v[_DUE] = p.n_refi
-    v[[_UNIFORM, _REF_PRE, _REF_AT]] = _CLOSED
-    return Channel(new_state(p.dram), v, np.zeros((trace, 4), np.int64), np.zeros(_BUSY, np.int64))
+def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Machine:
+    k, dram = p.channels, new_state(p.dram)
+    v = np.zeros((k, 7), np.int64)
+    v[:, _DUE] = p.n_refi
+    v[:, [_UNIFORM, _REF_PRE, _REF_AT]] = _CLOSED
+    members = np.array([1 << c for c in range(k)], np.int64)
+    if fold:
+        members[0], members[1:] = members.sum(), 0
+    return Machine(
+        now=np.zeros(1, np.int64),
+        members=members,
+        last=np.repeat(dram.last[None], k, axis=0),
+        open_row=np.repeat(dram.open_row[None], k, axis=0),
+        v=v,
+        trace=np.zeros((k, trace, 4), np.int64),
+        activity=np.zeros((n_tags + 1, _CHANNEL + k, _BUSY + 1), np.int64),
+        counters=np.zeros((n_tags + 1, _N_COUNTERS), np.int64),
+        act=np.zeros(_BUSY + 1, np.int64),
+        count=np.zeros(_N_COUNTERS, np.int64),
+        scratch=np.zeros(_BUSY, np.int64),
+    )
 
 
-def _copy(c: Channel) -> Channel:
-    return Channel(DramState(*(a.copy() for a in c.dram)), c.v.copy(), c.trace.copy(), c.scratch.copy())
-
-
-class _Machine:
-    """The run so far: classes of equal channels, their states and the tables they fill."""
-
-    def __init__(self, p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> None:
-        self.p, self.fold = p, fold
-        self.n_tags = n_tags
-        first = tuple(range(p.channels))
-        self.classes: list[tuple[int, ...]] = [first] if fold else [(c,) for c in first]
-        self.channels = [_new_channel(p, trace) for _ in self.classes]
-        units = _CHANNEL + len(self.classes)
-        self.activity = np.zeros((n_tags + 1, units, _BUSY + 1), np.int64)
-        self.counters = np.zeros((n_tags + 1, len(self.classes) + 1, _N_COUNTERS), np.int64)
-        self.machine = np.zeros(1, np.int64)
-
-    def members(self, code: np.ndarray) -> np.ndarray:
-        """Mask of classes for each instruction; classes that the masks tell apart are split first."""
-        masks, inverse = np.unique(code["channels"], return_inverse=True)
-        for mask in masks:
-            for k in range(len(self.classes)):
-                inside = tuple(c for c in self.classes[k] if (int(mask) >> c) & 1)
-                outside = tuple(c for c in self.classes[k] if not (int(mask) >> c) & 1)
-                if inside and outside:
-                    self._split(k, inside, outside)
-        by_mask = [sum(1 << k for k, c in enumerate(self.classes) if (int(m) >> c[0]) & 1) for m in masks]
-        of = np.array(by_mask, np.int64)[inverse]
-        return np.where(code["op"] < arch.N_CHANNEL_OPS, of, 0)
-
-    def _split(self, k: int, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:
-        self.classes[k] = inside
-        self.classes.append(outside)
-        self.channels.append(_copy(self.channels[k]))
-        self.activity = np.concatenate([self.activity, self.activity[:, _CHANNEL + k, None]], axis=1)
-        asic, rest = self.counters[:, -1:], self.counters[:, :-1]
-        self.counters = np.concatenate([rest, rest[:, k : k + 1], asic], axis=1)
-
-    def run(self, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        members = self.members(code)
-        firsts, ends = np.zeros(len(code), np.int64), np.zeros(len(code), np.int64)
-        weights = np.array([len(c) for c in self.classes], np.int64)
-        tables = (self.machine, self.activity, self.counters, firsts, ends, self.fold)
-        _run(self.p, code, members, tuple(self.channels), weights, *tables)
-        return firsts, ends
-
-    def finish(self) -> int:
-        """The last fetch, which finds the end; returns the ticks of the run."""
-        p, now = self.p, int(self.machine[0])
-        fetch = int(next_working(now, p.asic_p, p.asic_q))
-        nobody = self.n_tags
-        self.activity[nobody, _SEQUENCER, _BUSY] += 1
-        self.activity[nobody, _SEQUENCER, _CLOCK] += fetch - now
-        self.activity[nobody, _ASIC, _IDLE] += fetch + 1 - now
-        for k, c in enumerate(self.channels):
-            _finish(p, c, fetch + 1, self.activity[nobody, _CHANNEL + k], self.counters[nobody, k])
-        return fetch + 1
+def _grown(m: Machine, n_tags: int) -> Machine:
+    """The machine with room for more tags; the row of no tag stays the last."""
+    more = {}
+    for name in ("activity", "counters"):
+        old = getattr(m, name)
+        more[name] = np.zeros((n_tags + 1, *old.shape[1:]), np.int64)
+        more[name][: len(old) - 1], more[name][-1] = old[:-1], old[-1]
+    return m._replace(**more)
 
 
 def simulate(
@@ -442,23 +506,26 @@ def simulate(
     """Run a program on the cycle model.
 
     `fold` takes row bursts and channels that do the same in one step; the integers are the same without.
-    `trace` keeps that many DRAM commands of each channel (and folds no bursts). `steps` is what `progress`
+    `trace` keeps that many DRAM commands of each channel (and folds nothing). `steps` is what `progress`
     counts up to. No timing of this machine depends on data: `decisions` is ignored.
-    Raises ValueError for an instruction outside the machine, naming its index.
+    Raises ValueError for an instruction outside the machine, naming segment and index.
     """
     tags = list(program.tags)
-    m: _Machine | None = None
+    fold = fold and trace == 0
+    m = _new_machine(p, len(tags), fold, trace)
     spans: list[np.ndarray] = []
     labels: list[str] = []
     for number, segment in enumerate(program.segments):
         code = segment.regions["code"]
-        check(p, code)
-        if m is None or int(code["tag"].max(initial=0)) >= m.n_tags:
-            n_tags = max(len(tags), int(code["tag"].max(initial=0)) + 1)
-            m = _Machine(p, n_tags, fold and trace == 0, trace) if m is None else _grown(m, n_tags)
+        check(p, code, f"segment {number}, ")
+        highest = int(code["tag"].max(initial=-1)) + 1
+        if highest > len(m.counters) - 1:
+            m = _grown(m, highest)
+            tags += [f"tag {i}" for i in range(len(tags), highest)]
+        firsts, ends = np.zeros(len(code), np.int64), np.zeros(len(code), np.int64)
         total: np.ndarray | None = None
         for _ in range(segment.repeat):
-            firsts, ends = m.run(code)
+            _run(p, code, m, firsts, ends, fold)
             rows = fold_spans(code["tag"], firsts, ends, number)
             if total is None:
                 total = rows
@@ -470,53 +537,29 @@ def simulate(
         labels.append(segment.label)
         if progress:
             progress(number + 1, steps)
-    m = m or _Machine(p, len(tags), fold, trace)
-    tags += [f"tag {i}" for i in range(len(tags), m.n_tags)]
-    ticks = m.finish()
-    class_of = {c: k for k, members in enumerate(m.classes) for c in members}
-    order = [_CHANNEL + class_of[c] for c in range(p.channels)]
-    # Inside, a unit's busy ticks stand behind its stalls.
-    activity = np.roll(m.activity[:, [_SEQUENCER, _ASIC, *order]], 1, axis=2)
-    weights = np.array([*(len(c) for c in m.classes), 1], np.int64)
-    counters = (m.counters * weights[None, :, None]).sum(axis=1)
-    events = sum(int(c.v[_EVENTS]) * len(members) for c, members in zip(m.channels, m.classes, strict=True))
+    ticks = int(_finish(p, m))
     return Timeline(
         ticks=ticks,
         tags=tags,
         spans=np.concatenate(spans) if spans else np.zeros(0, SPAN),
         counter_names=(*arch.COUNTERS, *arch.ASIC_COUNTERS),
-        counters=counters,
+        counters=m.counters,
         units=("sequencer", "asic", *(f"channel {c}" for c in range(p.channels))),
         causes=arch.CAUSES,
-        activity=activity,
+        activity=np.roll(m.activity, 1, axis=2),  # inside, a unit's busy ticks stand behind its stalls
         labels=labels,
-        events=events,
+        events=int(m.counters[:, :_OPEN_TICKS].sum()),
         trace=_traces(m) if trace else None,
     )
 
 
-def _grown(m: _Machine, n_tags: int) -> _Machine:
-    """The machine with room for more tags; the row of no tag stays the last."""
-    for name in ("activity", "counters"):
-        old = getattr(m, name)
-        new = np.zeros((n_tags + 1, *old.shape[1:]), np.int64)
-        new[: m.n_tags], new[-1] = old[:-1], old[-1]
-        setattr(m, name, new)
-    m.n_tags = n_tags
-    return m
-
-
-def _traces(m: _Machine) -> np.ndarray:
+def _traces(m: Machine) -> np.ndarray:
     """DRAM commands int64[n, 5]: tick, channel, command, bank, row, by channel and then tick."""
-    rows = []
-    for c, members in zip(m.channels, m.classes, strict=True):
-        kept = c.trace[: c.v[_TRACED]]
-        for channel in members:
-            rows.append(np.insert(kept, 1, channel, axis=1))
-    return np.concatenate(rows)
+    kept = [np.insert(m.trace[c, : m.v[c, _TRACED]], 1, c, axis=1) for c in range(len(m.members))]
+    return np.concatenate(kept)
 
 
-def check(p: arch.PimParams, code: np.ndarray) -> None:
+def check(p: arch.PimParams, code: np.ndarray, where: str = "") -> None:
     """Raise ValueError for the first instruction that reaches outside the machine."""
     op, channel = code["op"], code["op"] < arch.N_CHANNEL_OPS
     columns = p.rows * p.columns
@@ -546,4 +589,4 @@ def check(p: arch.PimParams, code: np.ndarray) -> None:
     for message, wrong in problems:
         if wrong.any():
             index = int(np.argmax(wrong))
-            raise ValueError(f"instruction {index} ({names[index]}): {message}")
+            raise ValueError(f"{where}instruction {index} ({names[index]}): {message}")

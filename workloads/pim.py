@@ -2,14 +2,14 @@
 
 An image is a dict of arrays:
 
-| name     | dtype, shape                                 | holds                                             |
-| -------- | -------------------------------------------- | ------------------------------------------------- |
-| "dram"   | uint16 [channels, banks, rows*columns*lanes] | bfloat16 bits; the column at linear address       |
-|          |                                              | a = row*columns + col begins at element a*lanes   |
-| "sram"   | uint16 [sram_columns*lanes]                  | bfloat16 bits                                     |
-| "gb"     | uint16 [channels, gb_columns*lanes]          | bfloat16 bits, the global buffers                 |
-| "acc"    | uint32 [channels, banks]                     | bits in the accumulators' format                  |
-| "argmax" | int64 [2]                                    | bfloat16 bits of the best value so far, its index |
+| name     | dtype, shape                                 | holds                                       |
+| -------- | -------------------------------------------- | ------------------------------------------- |
+| "dram"   | uint16 [channels, banks, rows*columns*lanes] | bfloat16 bits; the column of linear address |
+|          |                                              | row*columns + col begins at address*lanes   |
+| "sram"   | uint16 [sram_columns*lanes]                  | bfloat16 bits                               |
+| "gb"     | uint16 [channels, gb_columns*lanes]          | bfloat16 bits, the global buffers           |
+| "acc"    | uint32 [channels, banks]                     | bits in the accumulators' format            |
+| "argmax" | int64 [2]                                    | bfloat16 bits of the best value, its index  |
 
 Rounding is to nearest even, subnormals are kept, every NaN that leaves an operation is the canonical one.
 An instruction reads all its operands before it writes anything.

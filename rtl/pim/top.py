@@ -112,14 +112,15 @@ class ChannelTop(wiring.Component):
         """One read and one write port for each channel; the host uses the first channel's, outside runs."""
         p = self._params
         width = len(port.wdata)
+        words = len(port.we)  # of the host in a column; one lane is half a word
         first = channels[0]
         host_we = port.we
         if len(channels) == 1 and width * p.sram_columns > SMALL_BITS:
-            m.submodules.sram = sram = BlackBoxMemory(width=width, depth=p.sram_columns, granularity=32)
+            m.submodules.sram = sram = BlackBoxMemory(width=width, depth=p.sram_columns, granularity=width // words)
             m.d.comb += [
                 sram.read_enable.eq(Mux(run, first.sram_read, port.re)),
                 sram.read_address.eq(Mux(run, first.sram_raddr, port.addr)),
-                sram.write_enable.eq(Mux(run, first.sram_write.replicate(width // 32), host_we)),
+                sram.write_enable.eq(Mux(run, first.sram_write.replicate(words), host_we)),
                 sram.write_address.eq(Mux(run, first.sram_waddr, port.addr)),
                 sram.write_data.eq(Mux(run, first.sram_wdata, port.wdata)),
                 first.sram_rdata.eq(sram.read_data),
@@ -128,7 +129,7 @@ class ChannelTop(wiring.Component):
             return
         m.submodules.sram = sram = Memory(shape=width, depth=p.sram_columns, init=[])
         for c, channel in enumerate(channels):
-            read, write = sram.read_port(), sram.write_port(granularity=32)
+            read, write = sram.read_port(), sram.write_port(granularity=width // words)
             host = c == 0
             m.d.comb += [
                 read.addr.eq(Mux(run, channel.sram_raddr, port.addr) if host else channel.sram_raddr),
@@ -137,9 +138,9 @@ class ChannelTop(wiring.Component):
                 write.addr.eq(Mux(run, channel.sram_waddr, port.addr) if host else channel.sram_waddr),
                 write.data.eq(Mux(run, channel.sram_wdata, port.wdata) if host else channel.sram_wdata),
                 write.en.eq(
-                    Mux(run, channel.sram_write.replicate(width // 32), host_we)
+                    Mux(run, channel.sram_write.replicate(words), host_we)
                     if host
-                    else (channel.sram_write & run).replicate(width // 32)
+                    else (channel.sram_write & run).replicate(words)
                 ),
             ]
             if host:

@@ -61,11 +61,11 @@ def test_ticks_of_a_domain_by_hand():
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 10**12), st.integers(1, 200))
 def test_a_domain_works_p_times_in_q_ticks(p, more, start, n):
-    """It works at start, and after n ticks has worked ceil(n p / q) times, wherever counting starts anew."""
+    """It works at start, never ahead of n p / q by a whole tick, and p times in any q ticks in a row."""
     ratio = Ratio(p, p + more)
     assert works(0, ratio)
     count = sum(works(t, ratio) for t in range(n))
-    assert count == -(-n * p // ratio.q)
+    assert count == (n - 1) * p // ratio.q + 1
     q = ratio.q
     assert sum(works(t, ratio) for t in range(start, start + q)) == p
 

@@ -29,7 +29,7 @@ def test_a_number_is_what_its_text_says(text, value):
 @pytest.mark.parametrize(
     "bad",
     ["1e999999999", "1e9999", "1/0", "inf", "nan", float("inf"), float("nan"), "", ".", "e3", "0x10", "one",
-     "1_000", True, None, [1], "9" * 41, "1 2"],
+     "1_000", True, None, [1], "9" * 81, "1 2"],
 )  # fmt: skip
 def test_what_is_no_finite_number_is_refused(bad):
     with pytest.raises(UserError, match=r"^key: must be a (finite )?number, not "):

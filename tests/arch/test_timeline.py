@@ -16,10 +16,10 @@ def line(activity, **more):
     """A Timeline of two tags over units `a`, `b` with causes `full`, `empty`."""
     activity = np.array(activity, np.int64)
     ticks = int(activity.sum(axis=(0, 2))[0])
-    fields = dict(
-        ticks=ticks, tags=("x", "y"), spans=np.zeros(0, SPAN), counter_names=("n", "m"),
-        counters=np.arange(6).reshape(3, 2), units=("a", "b"), causes=("full", "empty"), activity=activity,
-    )  # fmt: skip
+    fields = {
+        "ticks": ticks, "tags": ("x", "y"), "spans": np.zeros(0, SPAN), "counter_names": ("n", "m"),
+        "counters": np.arange(6).reshape(3, 2), "units": ("a", "b"), "causes": ("full", "empty"), "activity": activity,
+    }  # fmt: skip
     return Timeline(**{**fields, **more})
 
 

@@ -47,7 +47,7 @@ _SHAPES: tuple[tuple[int, int, int, int, int, int, int, int, str], ...] = (
     (2, 1, 2, 2, 16, 8, 4, 64, "bf16"),
     (1, 1, 2, 1, 8, 2, 4, 32, "fp32"),
     (1, 2, 2, 2, 8, 4, 8, 32, "fp16"),
-    (3, 1, 1, 1, 8, 1, 4, 48, "bf16"),
+    (1, 1, 1, 1, 8, 1, 4, 48, "bf16"),
     (1, 4, 2, 2, 8, 4, 4, 64, "fp32"),
 )
 
@@ -315,6 +315,8 @@ def _program(spec: arch.PimSpec, rng: Rng, number: int) -> str:
         # Long bursts; a refresh long awaited with the rows open; and one that falls due in every drain.
         lines = [w.line("MAC_AB") for _ in range(6)] + [w.line("GEMV") for _ in range(4)]
         lines.append(f"{w.line('WR_BK')} not_before={(w.p.n_refi) * 12}")
+    elif number == 3:
+        return "# nothing to do\n"
     if number % 2:
         lines += [f"{op} channels=0x{(1 << w.p.channels) - 1:x} {rest} tag=last" for op, rest in _LAST]
     return "\n".join(lines) + "\n"
@@ -467,6 +469,7 @@ COVERAGE = (
     "channel left out",
     "tag shared",
     "segment repeated",
+    "empty program",
     "accumulators left",
     "accumulators carried on",
     *(f"accumulator {name}" for name in ("fp32", "bf16", "fp16")),
@@ -491,10 +494,12 @@ def count(observed: Observed) -> Counter[str]:
     clock = "1/1" if p.asic_q == 1 else ("1/n" if p.asic_p == 1 else "m/n")
     out[f"clock {clock}"] += 1
     out[f"accumulator {spec.pim.accumulator}"] += 1
+    out["empty program"] += len(code) == 0
     out += _count_fields(p, code, timeline)
     out["segment repeated"] += sum(s.repeat > 1 for s in observed.program.segments)
-    tags = np.concatenate([s.regions["code"]["tag"] for s in observed.program.segments])
-    out["tag shared"] += len(tags) - len(np.unique(tags))
+    for segment in observed.program.segments:
+        tags = segment.regions["code"]["tag"]
+        out["tag shared"] += len(tags) - len(np.unique(tags))
     out += _count_refreshes(p, code, timeline)
     out += _count_results(spec, observed)
     return +out

@@ -1,0 +1,278 @@
+"""Results for people (tables that fit the terminal) and for scripts (JSON and CSV)."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import IO, Any
+
+from rich import box
+from rich.table import Table
+
+from tilewright import __version__
+from tilewright.catalog import is_roofline, spec_hash
+from tilewright.output import replacing
+from tilewright.summary import Operator, Result, group, row_hit_rate
+
+CSV_COLUMNS = ("spec", "name", "op", "layer", "step", "start", "end", "cycles", "energy_j", "bound_by")
+
+# ---- JSON and CSV -------------------------------------------------------------------------------------
+
+
+def head(result: Result) -> dict[str, Any]:
+    """The JSON of a run without its spans; None where something is not known."""
+    period = result.tick.period_s
+    return {
+        "tilewright": __version__,
+        "spec": result.spec.name,
+        "spec_hash": spec_hash(result.spec),
+        "model": result.model,
+        "scenario": asdict(result.scenario) if result.scenario else None,
+        "cycles": result.cycles,
+        "tick_s": f"{period.numerator}/{period.denominator}",
+        "time_s": float(result.time_s),
+        "tokens_per_s": result.tokens_per_s,
+        "energy_j": result.energy_j,
+        "area_mm2": None,
+        "counters": dict(result.counters),
+        "units": dict(result.units),
+        "assumed": list(result.assumed),
+        "seed": result.scenario.seed if result.scenario else None,
+    }
+
+
+def write_json(path: str, results: Sequence[Result], extra: Mapping[str, Any] | None = None) -> None:
+    """One object, or a list of them for several results; spans are written one by one, a line each."""
+    with replacing(path) as file:
+        file.write("[\n" if len(results) > 1 else "")
+        for i, result in enumerate(results):
+            file.write(",\n" if i else "")
+            _write_result(file, result, extra or {})
+        file.write("\n]\n" if len(results) > 1 else "\n")
+
+
+def _write_result(file: IO[str], result: Result, extra: Mapping[str, Any]) -> None:
+    text = json.dumps(head(result) | dict(extra), indent=1)
+    file.write(text.removesuffix("\n}") + ',\n "spans": [')
+    for i, row in enumerate(result.spans.rows()):
+        file.write((",\n  " if i else "\n  ") + json.dumps(row))
+    file.write("\n ]\n}")
+
+
+def write_csv(path: str, results: Sequence[Result]) -> None:
+    """The spans of all results, with a column for the spec; what is not known stays empty."""
+    with replacing(path) as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for result in results:
+            for row in result.spans.rows():
+                writer.writerow({"spec": result.spec.name} | row)
+
+
+# ---- numbers ------------------------------------------------------------------------------------------
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
+
+
+def engineering(value: float | None, unit: str) -> str:
+    """Three digits and a prefix.
+
+    >>> engineering(0.00123456, "s"), engineering(0, "J"), engineering(None, "J")
+    ('1.23 ms', '0 J', '-')
+    """
+    if value is None:
+        return "-"
+    if value == 0:
+        return f"0 {unit}"
+    # Compared after rounding, so that 999.9 becomes 1.00 k and not 1e+03.
+    rounded = float(f"{value:.2e}")
+    scale, prefix = next(((s, p) for s, p in _PREFIXES if abs(rounded) >= s), (1e-12, "p"))
+    scaled = rounded / scale
+    digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+    return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def count(n: int) -> str:
+    """
+    >>> count(124439808), count(12)
+    ('124 M', '12')
+    """
+    return str(n) if n < 10**4 else engineering(n, "")
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "-"
+
+
+def ratio(value: float, first: Result, other: Result) -> str:
+    """How many times as long: a bound where one of the two times is one."""
+    sign = {(False, True): ">=", (True, False): "<="}.get((first.lower_bound, other.lower_bound), "")
+    return f"{sign}{value:.3g}x" if value < 1000 else f"{sign}{value:,.0f}x"
+
+
+# ---- tables -------------------------------------------------------------------------------------------
+
+
+def width() -> int:
+    """Columns of the terminal, as COLUMNS or the terminal says; 80 in a pipe."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def grid(title: str, *columns: str) -> Table:
+    """A plain table; a column's name after ">" is set to the right. The last column folds into lines."""
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+    for i, column in enumerate(columns):
+        last = i == len(columns) - 1
+        right = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            no_wrap=not last,
+            overflow="fold" if last else "ellipsis",
+        )
+    return table
+
+
+def run_tables(results: Sequence[Result]) -> list[Any]:
+    """What `run` prints: each device by operator and by unit, then all of them side by side."""
+    items: list[Any] = [_title(results[0])]
+    for result in results:
+        if not is_roofline(result.spec) or len(results) == 1:
+            items += ["", *device_tables(result)]
+    if len(results) > 1:
+        items += ["", *compared(results)]
+    return items
+
+
+def _title(result: Result) -> str:
+    s = result.scenario
+    assert s is not None
+    words = [f"{k} {v}" for k, v in (("context", s.context), ("prompt", s.prompt)) if v]
+    words += [f"generate {s.generate}", f"batch {s.batch}", f"LM head {'yes' if s.lm_head else 'no'}"]
+    words += [] if s.embedding else ["embedding no"]
+    return f"{result.model}: {', '.join(words)}, seed {s.seed}"
+
+
+def device_tables(result: Result) -> list[Any]:
+    items: list[Any] = [_operator_table(result)]
+    if result.units:
+        items += ["", _unit_table(result)]
+    return items + ["", *_figures(result)]
+
+
+def _operator_table(result: Result) -> Table:
+    narrow = width() < 80
+    columns = ("operator", ">calls", ">cycles", ">time", ">%", ">energy", "bound by")
+    if narrow:
+        columns = tuple(c for c in columns if c not in (">calls", ">cycles"))
+    table = grid(result.spec.name, *columns)
+
+    def add(name: str, o: Operator, **style: Any) -> None:
+        time = engineering(o.cycles * float(result.tick.period_s), "s")
+        counts = [] if narrow else [f"{o.calls:,}" if o.calls else "", f"{o.cycles:,}"]
+        share, energy = percent(o.cycles, result.cycles), engineering(o.energy_j, "J")
+        table.add_row(name, *counts, time, share, energy, o.bound_by, **style)
+
+    shown = [o for o in result.operators if o.name or _matters(o, result)]
+    for i, o in enumerate(shown):
+        add(o.name or "(none)", o, end_section=i == len(shown) - 1)
+    calls = sum(o.calls for o in result.operators)
+    add("total", Operator("", calls, result.cycles, result.energy_j, ""), style="bold")
+    return table
+
+
+def _matters(o: Operator, result: Result) -> bool:
+    """Whether what belongs to no operator shows in the table's digits."""
+    energy = o.energy_j is not None and result.energy_j is not None and o.energy_j > 5e-4 * result.energy_j
+    return 2000 * o.cycles >= result.cycles or energy
+
+
+def _unit_table(result: Result) -> Table:
+    """Units that stand in a row of equals share a line: the mean of them."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, unit in result.units.items():
+        kinds.setdefault(group(name), []).append(unit)
+    table = grid("", "unit", ">busy %", "stalled for (% of the run)")
+    for name, units in kinds.items():
+        whole = result.cycles * len(units)
+        stalls = {c: sum(u["stalls"][c] for u in units) for c in units[0]["stalls"]}
+        largest = sorted((c for c in stalls if 1000 * stalls[c] >= whole), key=lambda c: -stalls[c])
+        label = f"{name} ({len(units)})" if len(units) > 1 else next(n for n in result.units if group(n) == name)
+        causes = ", ".join(f"{c} {percent(stalls[c], whole)}" for c in largest)
+        table.add_row(label, percent(sum(u["busy"] for u in units), whole), causes)
+    return table
+
+
+def _figures(result: Result) -> list[str]:
+    per_token = result.energy_j / result.tokens if result.tokens and result.energy_j is not None else None
+    words = [f"{engineering(float(result.time_s), 's')}"]
+    if result.tokens_per_s:
+        words += [f"{result.tokens_per_s:.4g} tokens/s", f"{engineering(per_token, 'J')} per token"]
+    if result.energy_j is not None and result.cycles:
+        words.append(f"{engineering(result.energy_j / float(result.time_s), 'W')}")
+    hits = row_hit_rate(result.counters, getattr(result.params, "n_banks", 0))
+    if hits is not None:
+        words.append(f"row hits {100 * hits:.2f} %")
+    lines = ["; ".join(words), *result.notes]
+    if n := len(result.assumed):
+        lines.append(f"{n} values are assumed: tilewright show {result.spec.name} lists them")
+    return lines
+
+
+def compared(results: Sequence[Result]) -> list[Any]:
+    """All devices side by side; ratios are to the first."""
+    first = results[0]
+    table = grid("compared with the first", "spec", ">time", ">ratio", ">tokens/s", ">energy", ">ratio")
+    for r in results:
+        speed = f"{r.tokens_per_s:.4g}" if r.tokens_per_s else "-"
+        energy = "-"
+        if r.energy_j is not None and first.energy_j:
+            energy = ratio(r.energy_j / first.energy_j, r, r)
+        times = ratio(float(r.time_s / first.time_s), first, r)
+        table.add_row(r.spec.name, engineering(float(r.time_s), "s"), times, speed,
+                      engineering(r.energy_j, "J"), energy)  # fmt: skip
+    items: list[Any] = [table]
+    for part in _parts(results):
+        items += ["", _side_by_side(part)]
+    items += [""]
+    for r in results:
+        if is_roofline(r.spec):
+            items += [f"{r.spec.name}: {note}" for note in r.notes]
+            if r.lower_bound and not first.lower_bound:
+                items.append(f"{first.spec.name} is at least that many times as fast as {r.spec.name}")
+    return items
+
+
+def _parts(results: Sequence[Result]) -> Iterator[Sequence[Result]]:
+    """As many devices at once as fit the terminal, the first among them each time."""
+    fit = max(1, (width() - 28) // 18)
+    for i in range(1, len(results), fit):
+        yield [results[0], *results[i : i + fit]]
+
+
+def _side_by_side(results: Sequence[Result]) -> Table:
+    first = results[0]
+    columns = ["operator", f">{first.spec.name}"]
+    for r in results[1:]:
+        columns += [f">{r.spec.name}", ">ratio"]
+    table = grid("", *columns)
+    table.columns[-1].no_wrap = True
+    times = [{o.name: o.cycles * float(r.tick.period_s) for o in r.operators if o.name} for r in results]
+    for name in dict.fromkeys(n for t in times for n in t):
+        reference = times[0].get(name)
+        cells = [engineering(reference, "s")]
+        for r, t in zip(results[1:], times[1:], strict=True):
+            known = reference and name in t
+            cells += [engineering(t.get(name), "s"), ratio(t[name] / reference, first, r) if known else "-"]
+        table.add_row(name, *cells)
+    return table

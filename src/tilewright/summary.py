@@ -1,0 +1,239 @@
+"""What a run came to: one form for a machine modelled in cycles and for a device known by its roofline."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.arch.clock import Clock
+from tilewright.arch.energy import EnergyRow, energy_by_tag
+from tilewright.arch.scenario import Scenario, TagInfo
+from tilewright.arch.spec import Spec
+from tilewright.arch.timeline import Timeline
+
+# A unit that waits like this has nothing to do: another one binds.
+IDLE = ("idle", "wait", "arrival")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """When the device worked for what; one row for each operator and layer, or (`step` >= 0) for each step.
+
+    Arrays have one element a row. `tag` indexes `tags`; `energy_j` is None where it is not known.
+    """
+
+    tags: Sequence[TagInfo]
+    tag: NDArray[np.int64]
+    step: NDArray[np.int64]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    cycles: NDArray[np.int64]
+    calls: NDArray[np.int64]
+    energy_j: NDArray[np.float64] | None
+    bound_by: Sequence[str]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows in the form of the JSON contract."""
+        for i, t in enumerate(self.tag):
+            tag = self.tags[t]
+            row: dict[str, Any] = {"name": tag.name, "op": tag.op, "layer": tag.layer}
+            if self.step[i] >= 0:
+                row["step"] = int(self.step[i])
+            yield row | {
+                "start": int(self.start[i]),
+                "end": int(self.end[i]),
+                "cycles": int(self.cycles[i]),
+                "energy_j": None if self.energy_j is None else float(self.energy_j[i]),
+                "bound_by": self.bound_by[i] or None,
+            }
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator kind, summed over layers and steps. The name is empty for what belongs to no operator."""
+
+    name: str
+    calls: int
+    cycles: int
+    energy_j: float | None
+    bound_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A run of one device. `lower_bound`: times are bounds from below (a roofline of unknown efficiency)."""
+
+    spec: Spec
+    cycles: int
+    tick: Clock
+    energy_j: float | None
+    counters: Mapping[str, int]
+    units: Mapping[str, Mapping[str, Any]]
+    operators: Sequence[Operator]
+    spans: Spans
+    model: str | None = None
+    scenario: Scenario | None = None
+    params: Any = None
+    assumed: Sequence[str] = ()
+    notes: Sequence[str] = field(default=())
+    lower_bound: bool = False
+
+    @property
+    def time_s(self) -> Fraction:
+        return self.cycles * self.tick.period_s
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated, over the whole batch."""
+        return self.scenario.generate * self.scenario.batch if self.scenario else 0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generated tokens by the time of the whole run, prompt included; None if none was generated."""
+        return float(self.tokens / self.time_s) if self.tokens and self.cycles else None
+
+
+# ---- from a Timeline ----------------------------------------------------------------------------------
+
+
+def group(unit: str) -> str:
+    """The kind of a unit that stands in a row of equals.
+
+    >>> group("channel 3"), group("asic")
+    ('channels', 'asic')
+    """
+    match = re.fullmatch(r"(.*\D)[ _]?\d+", unit)
+    return f"{match[1].rstrip(' _')}s" if match else unit
+
+
+def binding(activity: NDArray[np.int64], units: Sequence[str], causes: Sequence[str]) -> str:
+    """What binds: the unit that has something to do most of the time and, where it waits more than it works,
+    for what it waits most.
+
+    `activity` int64[units, 1 + causes]; busy ticks come first. Empty when nothing happened.
+    """
+    work = [0, *(1 + i for i, c in enumerate(causes) if c not in IDLE)]
+    engaged = activity[:, work]
+    if not engaged.any():
+        return ""
+    unit = int(np.lexsort((engaged[:, 0], engaged.sum(axis=1)))[-1])
+    top = int(np.argmax(engaged[unit]))
+    several = sum(group(u) == group(units[unit]) for u in units) > 1
+    name = group(units[unit]) if several else units[unit]
+    return f"{name}: {causes[work[top] - 1]}" if top else name
+
+
+def of_timeline(
+    timeline: Timeline,
+    tags: Sequence[TagInfo],
+    rows: Sequence[EnergyRow] | None,
+    by_step: bool = False,
+) -> dict[str, Any]:
+    """Cycles, energy, counters, units, operators and spans of a Timeline: keyword arguments of `Result`.
+
+    Cycles of a tag are those that the first unit, which issues the work, spends on it: they add up to the
+    run even where the spans of tags overlap. `rows` None: the energy is not known.
+    """
+    n = len(tags)
+    cycles = timeline.activity[:, 0].sum(axis=1)
+    energy = None if rows is None else energy_by_tag(tuple(rows), timeline).sum(axis=1)
+    calls = np.zeros(n, np.int64)
+    np.add.at(calls, timeline.spans["tag"], timeline.spans["count"])
+    bound = [binding(a, timeline.units, timeline.causes) for a in timeline.activity]
+    return {
+        "cycles": timeline.ticks,
+        "energy_j": None if energy is None else float(energy.sum()),
+        "counters": timeline.totals(),
+        "units": {u: _unit(timeline.unit(u)) for u in timeline.units},
+        "operators": _operators(timeline, tags, cycles, calls, energy),
+        "spans": _steps(timeline, tags, bound)
+        if by_step
+        else _sums(timeline, tags, cycles, calls, energy, bound),
+    }
+
+
+def _unit(ticks: Mapping[str, int]) -> dict[str, Any]:
+    return {"busy": ticks["busy"], "stalls": {c: n for c, n in ticks.items() if c != "busy"}}
+
+
+def _operators(
+    timeline: Timeline,
+    tags: Sequence[TagInfo],
+    cycles: NDArray[np.int64],
+    calls: NDArray[np.int64],
+    energy: NDArray[np.float64] | None,
+) -> list[Operator]:
+    members: dict[str, list[int]] = {}
+    for i, tag in enumerate(tags):
+        members.setdefault(tag.op, []).append(i)
+    members[""] = list(range(len(tags), len(cycles)))
+    out = []
+    for name, m in members.items():
+        joules = None if energy is None else float(energy[m].sum())
+        ran = int(calls[m].sum()) if name else 0
+        if ran or (not name and (cycles[m].any() or joules)):
+            bound = binding(timeline.activity[m].sum(axis=0), timeline.units, timeline.causes) if name else ""
+            out.append(Operator(name, ran, int(cycles[m].sum()), joules, bound))
+    return out
+
+
+def _sums(
+    timeline: Timeline,
+    tags: Sequence[TagInfo],
+    cycles: NDArray[np.int64],
+    calls: NDArray[np.int64],
+    energy: NDArray[np.float64] | None,
+    bound: Sequence[str],
+) -> Spans:
+    """A row for each tag that ran, from its first tick in any step to its last."""
+    start = np.full(len(tags), np.iinfo(np.int64).max)
+    end = np.zeros(len(tags), np.int64)
+    np.minimum.at(start, timeline.spans["tag"], timeline.spans["first"])
+    np.maximum.at(end, timeline.spans["tag"], timeline.spans["end"])
+    ran = np.flatnonzero(calls)
+    return Spans(
+        tags=tags,
+        tag=ran,
+        step=np.full(len(ran), -1),
+        start=start[ran],
+        end=end[ran],
+        cycles=cycles[ran],
+        calls=calls[ran],
+        energy_j=None if energy is None else energy[ran],
+        bound_by=[bound[i] for i in ran],
+    )
+
+
+def _steps(timeline: Timeline, tags: Sequence[TagInfo], bound: Sequence[str]) -> Spans:
+    """The Timeline's own rows. Energy and what binds are known for the whole run only."""
+    s = timeline.spans
+    return Spans(
+        tags=tags,
+        tag=s["tag"],
+        step=s["segment"],
+        start=s["first"],
+        end=s["end"],
+        cycles=s["ticks"],
+        calls=s["count"],
+        energy_j=None,
+        bound_by=[""] * len(s),
+    )
+
+
+# ---- figures ------------------------------------------------------------------------------------------
+
+
+def row_hit_rate(counters: Mapping[str, int], banks: int) -> float | None:
+    """1 - activates / column accesses, bank by bank; an all-bank command counts once for each bank.
+
+    None for a machine whose counters (`act`, `act_all`, `rd`, `wr`, `mac_all`) do not say it.
+    """
+    if "act" not in counters or "rd" not in counters or not banks:
+        return None
+    activates = counters["act"] + banks * counters.get("act_all", 0)
+    columns = counters["rd"] + counters["wr"] + banks * counters.get("mac_all", 0)
+    return 1 - activates / columns if columns else None
