@@ -4,13 +4,18 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
-GENERATE ?= 32
 TESTS  ?=
+GENERATE ?= 32
+SPECS    ?= 20
+PROGRAMS ?= 200
+SEED     ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCKED := -c constraints.txt --no-build-isolation
 PYTEST := $(BIN)/python -m pytest -q
+# Small programs on every kernel: what is quick enough without a compiler.
+KERNEL_TESTS := tests/dram tests/system $(filter-out tests/cosim/%,$(wildcard tests/*/test_sim*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -25,9 +30,9 @@ demo: $(VENV)/.base  ## set up and run GPT-2 XL on PIM-GPT: a table per operator
 test: $(VENV)/.test  ## the whole suite, co-simulation included (TESTS="tests/pim -k folding" for a part)
 	$(PYTEST) -n $(JOBS) --dist worksteal $(TESTS)
 
-test-nojit: $(VENV)/.test  ## small programs with the kernels interpreted, then compiled with bounds checks
-	NUMBA_DISABLE_JIT=1 $(PYTEST) -n $(JOBS) -m nojit
-	NUMBA_BOUNDSCHECK=1 $(PYTEST) -n $(JOBS) -m nojit
+test-nojit: $(VENV)/.test  ## tests of the kernels, interpreted and then compiled with bounds checks
+	NUMBA_DISABLE_JIT=1 $(PYTEST) -n $(JOBS) --dist worksteal $(KERNEL_TESTS)
+	NUMBA_BOUNDSCHECK=1 $(PYTEST) -n $(JOBS) --dist worksteal $(KERNEL_TESTS)
 
 lint: $(VENV)/.test  ## ruff, mypy and the import rules
 	$(BIN)/ruff check .
@@ -38,8 +43,8 @@ lint: $(VENV)/.test  ## ruff, mypy and the import rules
 bench: $(VENV)/.test  ## speed of the models, folded and unfolded
 	$(PYTEST) -s benchmarks
 
-verify-long: $(VENV)/.test  ## RTL against model and interpreter on wide seeds (SEED=1 SPECS=20 PROGRAMS=200)
-	$(BIN)/tilewright verify pim --specs $(or $(SPECS),20) --programs $(or $(PROGRAMS),200) --seed $(or $(SEED),1)
+verify-long: $(VENV)/.test  ## RTL against model and interpreter on a wide plan (SEED=1 SPECS=20 PROGRAMS=200)
+	$(BIN)/tilewright verify pim --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 
 clean:  ## remove the environment, caches and builds
 	rm -rf $(VENV) .build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info

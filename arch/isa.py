@@ -156,9 +156,9 @@ class Record:
         if self.ops:
             out["op"] = [o.name for o in self.ops].index(op or self.ops[0].name)
         for name, value in values.items():
-            f = self.by_name.get(name)
-            if f is None:
+            if name not in self.by_name:
                 raise ValueError(f"record {self.region} has no field {name!r}: {nearest(name, self.by_name)}")
+            f = self.by_name[name]
             if not f.low <= value <= f.high:
                 raise ValueError(f"{name} must be in {f.low}..{f.high}, not {value}")
             out[name] = value

@@ -77,11 +77,14 @@ def fold_spans(tags: np.ndarray, firsts: np.ndarray, ends: np.ndarray, segment: 
 
     A tag's span reaches from its smallest `first` to its largest `end` (tags may overlap).
     """
-    names, inverse = np.unique(tags, return_inverse=True)
+    size = int(tags.max(initial=-1)) + 1
+    first = np.full(size, np.iinfo(np.int64).max)
+    end = np.zeros(size, np.int64)
+    np.minimum.at(first, tags, firsts)
+    np.maximum.at(end, tags, ends)
+    names = np.flatnonzero(end)
     out = np.zeros(len(names), SPAN)
     out["segment"], out["tag"], out["count"] = segment, names, 1
-    out["first"] = np.iinfo(np.int64).max
-    np.minimum.at(out["first"], inverse, firsts)
-    np.maximum.at(out["end"], inverse, ends)
+    out["first"], out["end"] = first[names], end[names]
     out["ticks"] = out["end"] - out["first"]
     return out

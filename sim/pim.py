@@ -15,7 +15,6 @@ The rules, which the RTL implements anew (`rtl/pim/`):
 Channels whose instruction streams have been equal so far have equal states: they are simulated once.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,12 +51,14 @@ class Channel(NamedTuple):
     """State of one channel, or of several that have done the same so far."""
 
     dram: DramState
+    history: np.ndarray  # dram.last as one row
     # int64[7]: first tick not yet accounted for; next refresh due; tick of the command that opened the first
     # of the open rows; the row that all banks have open; PREab (-1: none) and REFab tick of the last refresh;
     # traced commands
     v: np.ndarray
     trace: np.ndarray  # int64[capacity, 4]: tick, command, bank (-1: all), row
     scratch: np.ndarray  # int64[causes]: causes that nobody asks for
+    snap: np.ndarray  # int64: the state one period ago, see `_steady`
 
 
 class Work(NamedTuple):
@@ -69,6 +70,7 @@ class Work(NamedTuple):
     cols: int
     outs: int
     pitch: int
+    longest: int  # the largest latency of any constraint: older commands bind no more
 
 
 # ---- clock domain -------------------------------------------------------------------------------------
@@ -86,6 +88,13 @@ def _after(t, cycles, p, q):
     """The working tick `cycles` working ticks after the working tick t."""
     k = (t * p) // q
     return ((k + cycles) * q + p - 1) // p
+
+
+@njit(**INNER)
+def _gcd(a, b):
+    while b:
+        a, b = b, a % b
+    return a
 
 
 # ---- one channel --------------------------------------------------------------------------------------
@@ -150,10 +159,11 @@ def _rest(p, c, until, cause, act, counters):
 
 
 @njit(**INNER)
-def _burst(p, c, command, bank, row, n, fold, act, counters):
+def _burst(p, c, command, bank, step, row, n, fold, act, counters):
     """Issue up to n equal commands, each as soon as it may; returns how many did before a refresh fell due.
 
-    After the first, each waits for its predecessor alone: with `fold` they are one step.
+    The bank advances by `step`. Where it is 0, each after the first waits for its predecessor alone: with
+    `fold` they are one step.
     """
     v = c.v
     issued = 0
@@ -166,7 +176,7 @@ def _burst(p, c, command, bank, row, n, fold, act, counters):
             _refresh(p, c, act, counters)
             return issued
         more = 0
-        if fold:
+        if fold and step == 0:
             cadence = p.cadence[command]
             more = min(n - 1, (v[_DUE] - t - 1) // cadence)
             act[_BUSY] += more
@@ -176,6 +186,7 @@ def _burst(p, c, command, bank, row, n, fold, act, counters):
             n = min(n, more + 1)  # the rest waits for the refresh: bank states change
         _issue(p, c, command, bank, row, t, act, counters)
         issued += 1 + more
+        bank += step
     return issued
 
 
@@ -203,6 +214,61 @@ def _next_closed(p, c):
 
 
 @njit(**CALLED)
+def _steady(p, c, address, periods, columns, longest, act, counters):
+    """How many of the next `periods` periods of a hardware loop repeat the last one exactly; they are done.
+
+    A period advances by `columns` columns, whole rows. It repeats if everything that can still bind (ages of
+    commands within the longest latency, open rows relative to the address) is as it was one period ago, no
+    refresh fell in between, and none falls due before the repetitions end.
+    """
+    v, snap, last = c.v, c.snap, c.history
+    row = address // p.columns
+    rows = 4
+    tables = rows + p.n_banks
+    history = tables + len(act) + len(counters)
+    shift = v[_TIME] - snap[1]
+    repeat = 0
+    if snap[0] == address - columns and snap[2] == v[_DUE] and v[_SINCE] - snap[3] == shift:
+        repeat = min(periods, (v[_DUE] - v[_TIME]) // shift)
+        for b in range(p.n_banks):
+            if c.dram.open_row[b] - row != snap[rows + b]:
+                repeat = 0
+        horizon = v[_TIME] - longest
+        for j in range(len(last)):
+            then = snap[history + j]
+            if last[j] - then != shift and (last[j] > horizon or then > horizon - shift):
+                repeat = 0
+                break
+        if repeat > 0:
+            for j in range(len(act)):
+                act[j] += repeat * (act[j] - snap[tables + j])
+            for j in range(len(counters)):
+                counters[j] += repeat * (counters[j] - snap[tables + len(act) + j])
+            for j in range(len(last)):
+                if last[j] > horizon:
+                    last[j] += repeat * shift
+            advance = repeat * columns // p.columns
+            for b in range(p.n_banks):
+                c.dram.open_row[b] += advance
+            if v[_UNIFORM] >= 0:
+                v[_UNIFORM] += advance
+            v[_TIME] += repeat * shift
+            v[_SINCE] += repeat * shift
+            snap[0] = -1
+            return repeat
+    snap[0], snap[1], snap[2], snap[3] = address, v[_TIME], v[_DUE], v[_SINCE]
+    for b in range(p.n_banks):
+        snap[rows + b] = c.dram.open_row[b] - row
+    for j in range(len(act)):
+        snap[tables + j] = act[j]
+    for j in range(len(counters)):
+        snap[tables + len(act) + j] = counters[j]
+    for j in range(len(last)):
+        snap[history + j] = last[j]
+    return 0
+
+
+@njit(**CALLED)
 def _execute(p, c, work, start, fold, act, counters):
     """One instruction on one channel, which sees it from tick `start`; returns the tick it is complete.
 
@@ -211,6 +277,10 @@ def _execute(p, c, work, start, fold, act, counters):
     v, op, address, cols, outs = c.v, work.op, work.address, work.cols, work.outs
     _rest(p, c, start, _IDLE, act, counters)
     macs = op == _MAC_AB or op == _GEMV
+    # A loop repeats itself after as many outputs as fill whole rows.
+    period = p.columns // _gcd(cols, p.columns)
+    phase = 0
+    c.snap[0] = -1
     left, reading = cols, op == _RD_MAC
     if reading:
         left = p.bursts
@@ -218,7 +288,7 @@ def _execute(p, c, work, start, fold, act, counters):
         left = p.n_banks
     while outs > 0:
         row = address // p.columns
-        command, bank, n, own = _WRGB, work.bank, left, True
+        command, bank, step, n, own = _WRGB, work.bank, 0, left, True
         if reading:
             command = _RDMAC
         elif macs or op == _WR_EL:
@@ -228,7 +298,7 @@ def _execute(p, c, work, start, fold, act, counters):
                 if macs:
                     n = min(left, (row + 1) * p.columns - address)
                 else:
-                    bank, n = p.n_banks - left, 1
+                    bank, step = p.n_banks - left, 1
             else:
                 n, own = 1, False
                 if other or (some and p.staggered == 0):
@@ -245,7 +315,7 @@ def _execute(p, c, work, start, fold, act, counters):
             else:
                 n, own = 1, False
                 command = _PRE if opened >= 0 else _ACT
-        issued = _burst(p, c, command, bank, row, n, fold, act, counters)
+        issued = _burst(p, c, command, bank, step, row, n, fold, act, counters)
         if not own:
             continue
         left -= issued
@@ -258,6 +328,16 @@ def _execute(p, c, work, start, fold, act, counters):
                 outs -= 1
                 if op == _GEMV:
                     reading, left = False, cols
+                    phase += 1
+                    if fold and phase == period and outs > period:
+                        phase = 0
+                        done = period * _steady(
+                            p, c, address, outs // period, period * cols, work.longest, act, counters
+                        )
+                        outs -= done
+                        address += done * cols
+                    elif phase == period:
+                        phase = 0
                 elif op == _WR_EL:
                     left = p.n_banks
                     address += work.pitch
@@ -291,20 +371,22 @@ class Machine(NamedTuple):
     now: np.ndarray  # int64[1]: the tick at which the next fetch may begin
     members: np.ndarray  # int64[classes]: mask of the channels in each class; 0 where the slot is free
     last: np.ndarray  # DramState.last of each class
+    history: np.ndarray  # Channel.history of each class: the same memory
     open_row: np.ndarray  # DramState.open_row of each class
     v: np.ndarray  # Channel.v of each class
     trace: np.ndarray  # Channel.trace of each class
     activity: np.ndarray  # int64[tags + 1, units, causes + busy]; the last row belongs to no tag
     counters: np.ndarray  # int64[tags + 1, counters]
-    act: np.ndarray  # int64[causes + busy]: one class, one instruction
-    count: np.ndarray  # int64[counters]: the same
+    act: np.ndarray  # int64[classes, causes + busy]: during one instruction
+    count: np.ndarray  # int64[classes, counters]: during one instruction
     scratch: np.ndarray  # Channel.scratch
+    snap: np.ndarray  # Channel.snap
 
 
 @njit(cache=True)
 def _channel(m, k):
     """The state of class k, as views."""
-    return Channel(DramState(m.last[k], m.open_row[k]), m.v[k], m.trace[k], m.scratch)
+    return Channel(DramState(m.last[k], m.open_row[k]), m.history[k], m.v[k], m.trace[k], m.scratch, m.snap)
 
 
 @njit(cache=True)
@@ -314,12 +396,12 @@ def _credit(m, tag, k):
     for c in range(m.activity.shape[1] - _CHANNEL):
         if (m.members[k] >> c) & 1:
             channels += 1
-            for j in range(len(m.act)):
-                m.activity[tag, _CHANNEL + c, j] += m.act[j]
-    for j in range(len(m.count)):
-        m.counters[tag, j] += m.count[j] * channels
-    m.act[:] = 0
-    m.count[:] = 0
+            for j in range(m.act.shape[1]):
+                m.activity[tag, _CHANNEL + c, j] += m.act[k, j]
+    for j in range(m.count.shape[1]):
+        m.counters[tag, j] += m.count[k, j] * channels
+    m.act[k] = 0
+    m.count[k] = 0
 
 
 @njit(cache=True)
@@ -356,7 +438,7 @@ def _equal(m, a, b, longest):
     if (m.open_row[a] != m.open_row[b]).any():
         return False
     horizon = x[_TIME] - longest
-    p, q = m.last[a].ravel(), m.last[b].ravel()
+    p, q = m.history[a], m.history[b]
     for j in range(len(p)):
         if p[j] != q[j] and (p[j] > horizon or q[j] > horizon):
             return False
@@ -381,27 +463,32 @@ def _run(p, code, m, firsts, ends, fold):
     for n in range(len(code)):
         i = code[n]
         now = m.now[0]
-        tag, op, outs = i.tag, np.int64(i.op), np.int64(i.outs)
+        tag, op, outs = i["tag"], np.int64(i["op"]), np.int64(i["outs"])
         fetch = next_working(now, P, Q)
         load = next_working(fetch + 1, P, Q)
-        arrived = max(load + 1, i.not_before)
+        arrived = max(load + 1, i["not_before"])
         dispatch = next_working(arrived, P, Q)
         complete = dispatch + 1
         asic = m.activity[tag, _ASIC]
-        mask = np.int64(i.channels) if op <= _WR_EL else 0
+        mask = np.int64(i["channels"]) if op <= _WR_EL else 0
         if mask:
             _split(m, mask)
             repeats = outs if op == _GEMV or op == _WR_EL else 1
             work = Work(
-                op, i.row * p.columns + i.col, np.int64(i.bank), np.int64(i.cols), repeats, np.int64(i.pitch)
+                op,
+                i["row"] * p.columns + i["col"],
+                np.int64(i["bank"]),
+                np.int64(i["cols"]),
+                repeats,
+                np.int64(i["pitch"]),
+                longest,
             )
             for k in range(len(m.members)):
                 if m.members[k] & mask:
-                    end = _execute(p, _channel(m, k), work, dispatch + 1, fold, m.act, m.count)
+                    end = _execute(p, _channel(m, k), work, dispatch + 1, fold, m.act[k], m.count[k])
                     complete = max(complete, end)
-                    _credit(m, tag, k)
         else:
-            cycles = _asic_cycles(p, op, np.int64(i.n), outs, m.counters[tag])
+            cycles = _asic_cycles(p, op, np.int64(i["n"]), outs, m.counters[tag])
             complete = _after(dispatch, cycles, P, Q) + 1
             asic[_BUSY] += cycles
             asic[_CLOCK] += complete - dispatch - 1 - cycles
@@ -418,12 +505,13 @@ def _run(p, code, m, firsts, ends, fold):
         classes = 0
         for k in range(len(m.members)):
             # Up to here nothing is asked of the channel; a refresh in between is left to what follows.
-            v = m.v[k]
-            if m.members[k] and v[_DUE] >= retire + 1 and v[_TIME] < retire + 1:
-                m.act[_IDLE] += retire + 1 - v[_TIME]
-                v[_TIME] = retire + 1
+            if m.members[k]:
+                v = m.v[k]
+                if v[_DUE] >= retire + 1 and v[_TIME] < retire + 1:
+                    m.act[k, _IDLE] += retire + 1 - v[_TIME]
+                    v[_TIME] = retire + 1
                 _credit(m, tag, k)
-            classes += m.members[k] != 0
+                classes += 1
         if fold and classes > 1:
             _merge(m, longest)
 
@@ -444,24 +532,25 @@ def _finish(p, m):
         if m.members[k] == 0:
             continue
         c, v = _channel(m, k), m.v[k]
-        _rest(p, c, end, _IDLE, m.act, m.count)
+        _rest(p, c, end, _IDLE, m.act[k], m.count[k])
         if v[_UNIFORM] != _CLOSED:
-            m.count[_OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
+            m.count[k, _OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
         for t in range(end, v[_TIME]):  # the tail of the last refresh
             if t == v[_REF_PRE] or t == v[_REF_AT]:
-                m.act[_BUSY] -= 1
-                m.count[_PREAB if t == v[_REF_PRE] else _REFAB] -= 1
+                m.act[k, _BUSY] -= 1
+                m.count[k, _PREAB if t == v[_REF_PRE] else _REFAB] -= 1
                 v[_TRACED] -= 1 if v[_TRACED] > 0 else 0
             else:
-                m.act[_REFRESH] -= 1
+                m.act[k, _REFRESH] -= 1
         if v[_REF_PRE] >= end:
-            m.count[_OPEN_TICKS] -= v[_REF_PRE] - (end - 1)
+            m.count[k, _OPEN_TICKS] -= v[_REF_PRE] - (end - 1)
         _credit(m, nobody, k)
     return end
 
 
 def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Machine:
     k, dram = p.channels, new_state(p.dram)
+    last = np.repeat(dram.last[None], k, axis=0)
     v = np.zeros((k, 7), np.int64)
     v[:, _DUE] = p.n_refi
     v[:, [_UNIFORM, _REF_PRE, _REF_AT]] = _CLOSED
@@ -471,15 +560,17 @@ def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Mach
     return Machine(
         now=np.zeros(1, np.int64),
         members=members,
-        last=np.repeat(dram.last[None], k, axis=0),
+        last=last,
+        history=last.reshape(k, -1),
         open_row=np.repeat(dram.open_row[None], k, axis=0),
         v=v,
         trace=np.zeros((k, trace, 4), np.int64),
         activity=np.zeros((n_tags + 1, _CHANNEL + k, _BUSY + 1), np.int64),
         counters=np.zeros((n_tags + 1, _N_COUNTERS), np.int64),
-        act=np.zeros(_BUSY + 1, np.int64),
-        count=np.zeros(_N_COUNTERS, np.int64),
+        act=np.zeros((k, _BUSY + 1), np.int64),
+        count=np.zeros((k, _N_COUNTERS), np.int64),
         scratch=np.zeros(_BUSY, np.int64),
+        snap=np.zeros(4 + p.n_banks + _BUSY + 1 + _N_COUNTERS + dram.last.size, np.int64),
     )
 
 
@@ -559,34 +650,58 @@ def _traces(m: Machine) -> np.ndarray:
     return np.concatenate(kept)
 
 
+_PROBLEMS = (
+    "",
+    "channels must name some of the {channels} channels, and no others",
+    "row, col, cols, outs, pitch reach beyond the {columns} columns of a bank",
+    "col must be below the {row_columns} columns of a row",
+    "gb, cols reach beyond the {gb_columns} columns of the global buffer",
+    "bank must be below {n_banks}",
+    "lane must be below {lanes}",
+    "cols, outs and n must be at least 1",
+)
+
+
+@njit(cache=True)
+def _problem(p, code):
+    """The first instruction that reaches outside the machine and what is wrong (see `_PROBLEMS`), or -1, 0."""
+    columns = p.rows * p.columns
+    for n in range(len(code)):
+        i = code[n]
+        op, cols, outs = i["op"], np.int64(i["cols"]), np.int64(i["outs"])
+        if cols < 1 or outs < 1:
+            return n, 7
+        if op > _WR_EL:
+            if i["n"] < 1:
+                return n, 7
+            continue
+        if i["channels"] == 0 or i["channels"] >> p.channels:
+            return n, 1
+        buffered = op == _WR_GB or op == _MAC_AB or op == _GEMV
+        if buffered and i["gb"] + cols > p.gb_columns:
+            return n, 4
+        if op == _WR_GB or op == _RD_MAC:
+            continue
+        if i["col"] >= p.columns:
+            return n, 3
+        length = cols
+        if op == _GEMV:
+            length = cols * outs
+        elif op == _WR_EL:
+            length = i["pitch"] * (outs - 1) + 1
+        if i["row"] * p.columns + i["col"] + length > columns:
+            return n, 2
+        if (op == _RD_BK or op == _WR_BK) and i["bank"] >= p.n_banks:
+            return n, 5
+        if op == _WR_EL and i["lane"] >= p.lanes:
+            return n, 6
+    return -1, 0
+
+
 def check(p: arch.PimParams, code: np.ndarray, where: str = "") -> None:
     """Raise ValueError for the first instruction that reaches outside the machine."""
-    op, channel = code["op"], code["op"] < arch.N_CHANNEL_OPS
-    columns = p.rows * p.columns
-    address = code["row"].astype(np.int64) * p.columns + code["col"]
-    names = np.array([o.name for o in arch.OPS])[op] if len(op) else op
-    last = np.where(op == _MAC_AB, address + code["cols"], 0)
-    last = np.where(op == _GEMV, address + code["cols"] * code["outs"], last)
-    last = np.where((op == _RD_BK) | (op == _WR_BK), address + code["cols"], last)
-    last = np.where(op == _WR_EL, address + code["pitch"] * (code["outs"] - 1) + 1, last)
-    gb = np.where((op == _WR_GB) | (op == _MAC_AB) | (op == _GEMV), code["gb"] + code["cols"], 0)
-    one_bank = (op == _RD_BK) | (op == _WR_BK)
-    problems: Iterable[tuple[str, np.ndarray]] = (
-        (
-            f"channels must name some of the {p.channels} channels",
-            channel & (code["channels"] >> p.channels != 0),
-        ),
-        ("channels must not be empty", channel & (code["channels"] == 0)),
-        (f"row, col, cols reach beyond the {columns} columns of a bank", last > columns),
-        (f"col must be below the {p.columns} columns of a row", channel & (code["col"] >= p.columns)),
-        (f"gb, cols reach beyond the {p.gb_columns} columns of the global buffer", gb > p.gb_columns),
-        ("cols must be at least 1", (last > 0) & (code["cols"] < 1) | (op == _WR_GB) & (code["cols"] < 1)),
-        ("outs must be at least 1", code["outs"] < 1),
-        ("n must be at least 1", ~channel & (code["n"] < 1)),
-        (f"bank must be below {p.n_banks}", one_bank & (code["bank"] >= p.n_banks)),
-        (f"lane must be below {p.lanes}", (op == _WR_EL) & (code["lane"] >= p.lanes)),
-    )
-    for message, wrong in problems:
-        if wrong.any():
-            index = int(np.argmax(wrong))
-            raise ValueError(f"{where}instruction {index} ({names[index]}): {message}")
+    index, problem = _problem(p, code)
+    if problem:
+        limits = p._asdict() | {"columns": p.rows * p.columns, "row_columns": p.columns}
+        name = arch.OPS[int(code["op"][index])].name
+        raise ValueError(f"{where}instruction {index} ({name}): {_PROBLEMS[problem].format_map(limits)}")

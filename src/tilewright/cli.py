@@ -115,3 +115,20 @@ def rtl(
     from tilewright import commands
 
     commands.rtl(spec, sets or (), out)
+
+
+@app.command()
+def verify(
+    subject: Annotated[str, typer.Argument(metavar="TARGET|SPEC|REPLAY.json", help="A target's name, a spec, or a mismatch kept in a replay file.")],  # fmt: skip
+    sets: Sets = None,
+    specs: Annotated[int | None, typer.Option(metavar="N", help="Random specs (structures).")] = None,
+    programs: Annotated[int | None, typer.Option(metavar="N", help="Random programs for each.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of specs, programs and values.")] = 0,
+    waves: Annotated[str | None, typer.Option(metavar="FILE.vcd", help="Write waveforms of the first case that disagrees.")] = None,  # fmt: skip
+    json: Json = None,
+) -> int:
+    """RTL against interpreter (bits) and cycle model (ticks); exit code 1 and a replay file on a mismatch."""
+    from tilewright import commands
+
+    return commands.verify(subject, sets or (), specs=specs, programs=programs, seed=seed, waves=waves,
+                           json=json)  # fmt: skip

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from tilewright import output, report
+from tilewright.arch import registry
+from tilewright.arch.errors import UserError
 from tilewright.arch.scenario import Scenario
 from tilewright.catalog import load_device
 from tilewright.run import check_mapping
@@ -40,3 +42,76 @@ def run(
         report.write_csv(csv, results)
     if output.STDOUT not in (json, csv, mapping_out):
         output.show(report.run_tables(results))
+
+
+def execute(
+    name: str,
+    sets: Sequence[str],
+    program: str,
+    *,
+    engine: str,
+    image: str | None,
+    dump: str | None,
+    values: bool,
+    waves: str | None,
+    json: str | None,
+) -> int:
+    """`tilewright exec`. Returns 1 if the RTL was compared and differs, else 0."""
+    from tilewright import execute as executing
+
+    if waves is not None and engine != "rtl":
+        raise UserError("--waves needs --engine rtl: the cycle model has no signals")
+    output.check_outputs(json, dump, waves)
+    spec = registry.load_spec(name, sets)
+    compare = values and engine == "rtl"
+    done = executing.execute(
+        spec, program, engine=engine, image=image, values=values or dump is not None, waves=waves
+    )
+    differences = done.differences if compare else None
+    if dump is not None and done.after is not None:
+        executing.save_image(dump, done.after)
+    if json is not None:
+        report.write_json(json, [done.result], report.executed_document(done, program, engine, differences))
+    if output.STDOUT not in (json, dump):
+        output.show(report.executed_tables(done, program, engine, differences))
+    return 1 if differences else 0
+
+
+def rtl(name: str, sets: Sequence[str], out: str) -> None:
+    """`tilewright rtl`."""
+    from tilewright.verilog import verilog
+
+    output.check_outputs(out)
+    text = verilog(name, sets)
+    with output.replacing(out) as file:
+        file.write(text)
+
+
+def verify(
+    subject: str,
+    sets: Sequence[str],
+    *,
+    specs: int | None,
+    programs: int | None,
+    seed: int,
+    waves: str | None,
+    json: str | None,
+) -> int:
+    """`tilewright verify`. Returns 1 for a mismatch, or for something that was not covered."""
+    from tilewright.verify import engine
+
+    output.check_outputs(waves, json)
+    if waves == output.STDOUT:
+        raise UserError("--waves needs the name of a file")
+    what: str | engine.Structure = subject
+    notes: list[str] = []
+    if sets:
+        spec = registry.load_spec(subject, sets)
+        what, notes = engine.plan_of(spec.target_name).scaled(spec)
+    with output.progress_bar("structures") as progress:
+        found = engine.run(what, specs=specs, programs=programs, seed=seed, waves=waves, progress=progress)
+    if json is not None:
+        report.write_document(json, {**found.document(), "notes": [*notes, *found.notes]})
+    if json != output.STDOUT:
+        output.show([*notes, found.text()])
+    return 0 if found.passed else 1

@@ -95,9 +95,12 @@ def show(tables: Sequence[Any]) -> None:
     """Print rich tables and lines of text to stdout, as wide as the terminal (80 columns in a pipe)."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False, legacy_windows=False)
-    for item in tables:
-        console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+    console = Console(highlight=False, legacy_windows=False)
+    with console.capture() as captured:
+        for item in tables:
+            console.print(item, markup=False) if isinstance(item, str) else console.print(item)
+    # Without the blanks that fill the last column.
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextlib.contextmanager

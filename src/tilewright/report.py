@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tilewright import __version__
 from tilewright.catalog import is_roofline, spec_hash
+from tilewright.execute import Executed, Image, values_document
 from tilewright.output import replacing
 from tilewright.summary import Operator, Result, group, row_hit_rate
 
@@ -37,7 +38,7 @@ def head(result: Result) -> dict[str, Any]:
         "area_mm2": None,
         "counters": dict(result.counters),
         "units": dict(result.units),
-        "assumed": list(result.assumed),
+        "assumed": [*result.assumed, *result.choices],
         "seed": result.scenario.seed if result.scenario else None,
     }
 
@@ -68,6 +69,11 @@ def write_csv(path: str, results: Sequence[Result]) -> None:
         for result in results:
             for row in result.spans.rows():
                 writer.writerow({"spec": result.spec.name} | row)
+
+
+def write_document(path: str, document: Mapping[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(document, indent=1) + "\n")
 
 
 # ---- numbers ------------------------------------------------------------------------------------------
@@ -108,7 +114,8 @@ def percent(part: float, whole: float) -> str:
 def ratio(value: float, first: Result, other: Result) -> str:
     """How many times as long: a bound where one of the two times is one."""
     sign = {(False, True): ">=", (True, False): "<="}.get((first.lower_bound, other.lower_bound), "")
-    return f"{sign}{value:.3g}x" if value < 1000 else f"{sign}{value:,.0f}x"
+    digits = f"{value:.2g}" if value < 0.995 else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return f"{sign}{digits}x"
 
 
 # ---- tables -------------------------------------------------------------------------------------------
@@ -224,8 +231,9 @@ def _figures(result: Result) -> list[str]:
     if hits is not None:
         words.append(f"row hits {100 * hits:.2f} %")
     lines = ["; ".join(words), *result.notes]
+    lines += [f"assumed: {choice}" for choice in result.choices]
     if n := len(result.assumed):
-        lines.append(f"{n} values are assumed: tilewright show {result.spec.name} lists them")
+        lines.append(f"assumed: {n} values of the spec; `tilewright show {result.spec.name}` lists them")
     return lines
 
 
@@ -247,9 +255,9 @@ def compared(results: Sequence[Result]) -> list[Any]:
     items += [""]
     for r in results:
         if is_roofline(r.spec):
-            items += [f"{r.spec.name}: {note}" for note in r.notes]
-            if r.lower_bound and not first.lower_bound:
-                items.append(f"{first.spec.name} is at least that many times as fast as {r.spec.name}")
+            items += [f"{r.spec.name}: {note}" for note in (*r.notes, *r.choices)]
+    if any(r.lower_bound != first.lower_bound for r in results):
+        items.append(">= at least, <= at most: the ratio to a device whose times are lower bounds")
     return items
 
 
@@ -275,4 +283,58 @@ def _side_by_side(results: Sequence[Result]) -> Table:
             known = reference and name in t
             cells += [engineering(t.get(name), "s"), ratio(t[name] / reference, first, r) if known else "-"]
         table.add_row(name, *cells)
+    return table
+
+
+# ---- exec ---------------------------------------------------------------------------------------------
+
+
+def executed_document(
+    done: Executed, program: str, engine: str, differences: Sequence[str] | None
+) -> dict[str, Any]:
+    """What the JSON of `exec` holds beside that of a run."""
+    values = None
+    if done.before is not None and done.after is not None:
+        values = values_document(done.before, done.after)
+    equal = None if differences is None else not differences
+    return {
+        "program": program, "engine": engine, "values": values, "equal": equal,
+        "differences": None if differences is None else list(differences),
+    }  # fmt: skip
+
+
+def executed_tables(
+    done: Executed, program: str, engine: str, differences: Sequence[str] | None
+) -> list[Any]:
+    """What `exec` prints."""
+    r = done.result
+    title = f"{program} on {r.spec.name} ({'RTL' if engine == 'rtl' else 'cycle model'})"
+    energy = f", {engineering(r.energy_j, 'J')}" if r.energy_j is not None else ""
+    items: list[Any] = [title, f"{r.cycles:,} ticks, {engineering(float(r.time_s), 's')}{energy}", ""]
+    spans = grid("", "tag", ">first", ">end", ">ticks", ">energy", "bound by")
+    for row in r.spans.rows():
+        energy = engineering(row["energy_j"], "J")
+        ticks = (f"{row[k]:,}" for k in ("start", "end", "cycles"))
+        spans.add_row(row["name"], *ticks, energy, row["bound_by"] or "-")
+    counters = grid("", "counter", ">count")
+    for name, n in r.counters.items():
+        if n:
+            counters.add_row(name, f"{n:,}")
+    items += [spans, "", _unit_table(r), "", counters]
+    if done.before is not None and done.after is not None:
+        items += ["", _values_table(done.before, done.after)]
+    if differences is not None:
+        verdict = "RTL equals interpreter (bits) and cycle model (ticks, tags, counters, stalls)"
+        items += ["", *(differences[:20] or [verdict])]
+        items += [f"{len(differences) - 20} more differences"] if len(differences) > 20 else []
+    return items
+
+
+def _values_table(before: Image, after: Image) -> Table:
+    table = grid("", "array", ">elements", ">changed", "sha256", "first elements")
+    for name, d in values_document(before, after).items():
+        array = after[name].reshape(-1)
+        digits = 2 * array.dtype.itemsize if array.dtype.kind == "u" else 0
+        first = " ".join(f"{int(v):0{digits}x}" if digits else str(int(v)) for v in array[:4])
+        table.add_row(name, f"{array.size:,}", f"{d['changed']:,}", d["sha256"], first)
     return table

@@ -59,7 +59,8 @@ def run(
         scenario=scenario,
         params=params,
         tick=spec.tick,  # type: ignore[attr-defined]
-        assumed=[*spec.assumed(), *mapped.assumed],
+        assumed=spec.assumed(),
+        choices=mapped.assumed,
         notes=mapped.notes,
         **of_timeline(timeline, mapped.tags, registry.room("arch", slug).energy(spec), by_step),
     )
@@ -133,11 +134,11 @@ def _roofline(spec: RooflineSpec, model: ModelConfig, scenario: Scenario, by_ste
         units={},
         operators=_kinds(infos, tag, ticks, memory, watts * seconds),
         spans=spans,
-        assumed=[*spec.assumed(), *([f"{spec.name}: {limits}"] if spec.is_bound else [])],
+        assumed=spec.assumed(),
+        choices=[limits] if spec.is_bound else [],
         notes=[
-            f"roofline in {number}, {bits}-bit weights and cache, one tick a picosecond",
-            "energy is the rated power over that time",
-            *([limits] if spec.is_bound else []),
+            f"roofline in {number}, {bits}-bit weights and cache",
+            f"energy is the rated {watts:g} W over that time",
         ],
         lower_bound=spec.is_bound,
     )

@@ -65,7 +65,11 @@ class Operator:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A run of one device. `lower_bound`: times are bounds from below (a roofline of unknown efficiency)."""
+    """A run of one device.
+
+    `assumed` are keys of the spec, `choices` what this run assumed beside them. `lower_bound`: times are bounds
+    from below (a roofline of unknown efficiency).
+    """
 
     spec: Spec
     cycles: int
@@ -80,6 +84,7 @@ class Result:
     params: Any = None
     assumed: Sequence[str] = ()
     notes: Sequence[str] = field(default=())
+    choices: Sequence[str] = ()
     lower_bound: bool = False
 
     @property
@@ -140,6 +145,9 @@ def of_timeline(
     """
     n = len(tags)
     cycles = timeline.activity[:, 0].sum(axis=1)
+    if not cycles[:n].any():  # an RTL keeps its stalls for the run as a whole, and spans by tag
+        own = timeline.tag_ticks()
+        cycles = np.append(own, max(0, timeline.ticks - int(own.sum())))
     energy = None if rows is None else energy_by_tag(tuple(rows), timeline).sum(axis=1)
     calls = np.zeros(n, np.int64)
     np.add.at(calls, timeline.spans["tag"], timeline.spans["count"])

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from tilewright.arch import registry
-from tilewright.arch import spec as specs
+from tilewright.arch import spec as spec_files
 from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import InstructionSet, Program
 from tilewright.arch.scenario import Progress
@@ -35,7 +35,7 @@ class Structure:
     """Widths and counts of a machine. With `keep_timing` its cases keep the timings of `spec`, too."""
 
     name: str
-    spec: specs.Spec
+    spec: spec_files.Spec
     keep_timing: bool = False
 
 
@@ -43,7 +43,7 @@ class Structure:
 class Case:
     """A program in assembler text, the spec that it runs on, and the seed of the memory image that it meets."""
 
-    spec: specs.Spec
+    spec: spec_files.Spec
     text: str
     image_seed: int
 
@@ -75,7 +75,7 @@ class Observed:
 class Plan(Protocol):
     """What a target's module `tilewright.verify.<slug>` offers."""
 
-    SPEC: type[specs.Spec]
+    SPEC: type[spec_files.Spec]
     ISA: InstructionSet
     STRUCTURES: int  # in the default plan
     PROGRAMS: int  # of each structure
@@ -83,24 +83,24 @@ class Plan(Protocol):
 
     def structures(self, count: int, seed: int) -> list[Structure]: ...
 
-    def scaled(self, spec: specs.Spec) -> tuple[Structure, list[str]]:
+    def scaled(self, spec: spec_files.Spec) -> tuple[Structure, list[str]]:
         """A structure small enough for RTL with the timings of `spec`, and what was made smaller."""
 
     def cases(self, structure: Structure, count: int, seed: Sequence[int]) -> list[Case]: ...
 
-    def image(self, spec: specs.Spec, seed: int) -> Image: ...
+    def image(self, spec: spec_files.Spec, seed: int) -> Image: ...
 
     def one_by_one(self, program: Program) -> Program:
         """The program in one segment, repetitions written out, instruction i with tag i."""
 
-    def interpret(self, spec: specs.Spec, program: Program, image: Image) -> Image: ...
+    def interpret(self, spec: spec_files.Spec, program: Program, image: Image) -> Image: ...
 
-    def simulate(self, spec: specs.Spec, program: Program, *, fold: bool, trace: bool) -> Timeline: ...
+    def simulate(self, spec: spec_files.Spec, program: Program, *, fold: bool, trace: bool) -> Timeline: ...
 
-    def build(self, spec: specs.Spec, waves: bool) -> Any: ...
+    def build(self, spec: spec_files.Spec, waves: bool) -> Any: ...
 
     def run_rtl(
-        self, build: Any, cases: Sequence[tuple[specs.Spec, Program, Image]], waves: Path | None
+        self, build: Any, cases: Sequence[tuple[spec_files.Spec, Program, Image]], waves: Path | None
     ) -> Sequence[Outcome]: ...
 
     def referee(self, observed: Observed) -> str | None:
@@ -230,7 +230,7 @@ def _work(subject: str | Path | Structure, count: int | None, programs: int | No
         structures = plan.structures(count or plan.STRUCTURES, seed)
     else:
         known = [*registry.targets(), *registry.preset_names()]
-        if str(subject) not in known and not specs.is_path(str(subject)):
+        if str(subject) not in known and not spec_files.is_path(str(subject)):
             hint = nearest(str(subject), known)
             raise UserError(f"{subject!r} is no target, spec or replay file: {hint}")
         spec = registry.load_spec(str(subject))
@@ -368,7 +368,7 @@ def _totals(expected: Timeline, got: Timeline, left: str, right: str) -> str | N
 # ---- replay files -------------------------------------------------------------------------------------
 
 
-def document(spec: specs.Spec) -> dict[str, Any]:
+def document(spec: spec_files.Spec) -> dict[str, Any]:
     """Everything a spec holds as nested mappings of JSON values; rationals as exact text."""
     out: dict[str, Any] = {}
     for path, value in spec.leaves():
@@ -411,8 +411,8 @@ def load_replay(path: Path) -> tuple[str, Structure, Case]:
         if not isinstance(content, dict) or key not in content or not valid(content[key]):
             raise UserError(f"{path}: not a replay file: {key} is missing or wrong")
     slug = content["target"]
-    tree = specs.parse_yaml(json.dumps(content["spec"]), str(path))
-    spec = specs.build(plan_of(slug).SPEC, tree, str(path))
+    tree = spec_files.parse_yaml(json.dumps(content["spec"]), str(path))
+    spec = spec_files.build(plan_of(slug).SPEC, tree, str(path))
     case = Case(spec, "\n".join(content["program"]) + "\n", content["image_seed"])
     return slug, Structure(path.stem, spec), case
 

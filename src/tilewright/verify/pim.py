@@ -1,10 +1,10 @@
 """The verification plan of target pim: small machines, random timings, random programs, random numbers."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from tilewright.arch.isa import Program, Segment
 from tilewright.arch.timeline import Timeline
 from tilewright.sim import pim as sim
 from tilewright.sim.dram_check import check_trace
-from tilewright.verify.engine import Case, Observed, Structure
+from tilewright.verify.engine import Case, Observed, Structure, document
 from tilewright.workloads import pim as meaning
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ Rng = np.random.Generator
 # channels, bank groups, banks of a group, lanes, rows, columns, buffer columns, SRAM columns, accumulator.
 # The counts that matter to some rule: more banks than tFAW's four; one bank; one lane (no adder tree); one
 # column in a row; several RDMAC bursts; several channels; every accumulator format.
-_SHAPES: tuple[tuple[int, int, int, int, int, int, int, int, str], ...] = (
+_Shape = tuple[int, int, int, int, int, int, int, int, str]
+_SHAPES: tuple[_Shape, ...] = (
     (1, 2, 2, 4, 8, 4, 8, 64, "fp32"),
     (2, 1, 2, 2, 16, 8, 4, 64, "bf16"),
     (1, 1, 2, 1, 8, 2, 4, 32, "fp32"),
@@ -67,7 +68,7 @@ def structures(count: int, seed: int) -> list[Structure]:
     return [_structure(shape) for shape in shapes]
 
 
-def _structure(shape: tuple[int, int, int, int, int, int, int, int, str]) -> Structure:
+def _structure(shape: _Shape) -> Structure:
     channels, groups, banks, lanes, rows, columns, gb, sram, fmt = shape
     name = f"{channels} x {groups} x {banks} banks x {lanes} lanes, {columns} columns, {fmt}"
     sets = _shape_sets(channels, groups, banks, lanes, rows, columns, gb, sram)
@@ -125,7 +126,7 @@ def scaled(spec: arch.PimSpec) -> tuple[Structure, list[str]]:
     names = ("channels", "bank groups", "banks", "lanes", "rows", "columns", "buffer columns", "SRAM columns")
     smaller = [f"{n} {a} to {b}" for n, a, b in zip(names, old, new, strict=True) if a != b]
     notes = [f"scaled to what RTL simulates: {', '.join(smaller)}; timings kept"] if smaller else []
-    tree = specs.parse_yaml(_json(spec), "spec")
+    tree = _tree(spec)
     sets = [s for s in _shape_sets(*new) if not s.startswith("dram.pins")]
     # As many ticks for a burst as before, with narrower columns.
     sets.append(f"dram.pin_rate_gbps={d.pin_rate_gbps * new[3] / p.lanes}")
@@ -133,12 +134,8 @@ def scaled(spec: arch.PimSpec) -> tuple[Structure, list[str]]:
     return Structure(spec.name, small, keep_timing=True), notes
 
 
-def _json(spec: arch.PimSpec) -> str:
-    import json
-
-    from tilewright.verify.engine import document
-
-    return json.dumps(document(spec))
+def _tree(spec: arch.PimSpec) -> specs.Tree:
+    return specs.parse_yaml(json.dumps(document(spec)), spec.name)
 
 
 # ---- random timings -----------------------------------------------------------------------------------
@@ -176,7 +173,7 @@ def _timed(structure: arch.PimSpec, rng: Rng, number: int) -> arch.PimSpec:
         # Any time above ticks - 1 rounds up to `ticks`.
         part = Fraction(int(rng.integers(0, 4)), 5) if ticks else 0
         sets.append(f"dram.timing.{name}_ns={(ticks - part) * tick}")
-    tree = specs.apply_sets(specs.parse_yaml(_json(structure), "structure"), sets)
+    tree = specs.apply_sets(_tree(structure), sets)
     refi = n["t_rfc"] + 4
     while True:
         overlay = specs.apply_sets(tree, [f"dram.timing.t_refi_ns={refi * tick}"])
@@ -188,7 +185,9 @@ def _timed(structure: arch.PimSpec, rng: Rng, number: int) -> arch.PimSpec:
             refi += 1 + refi // 8
             continue
         if number % 3:  # loose, once the least that is valid is known
-            overlay = specs.apply_sets(tree, [f"dram.timing.t_refi_ns={refi * tick * int(rng.integers(2, 6))}"])
+            overlay = specs.apply_sets(
+                tree, [f"dram.timing.t_refi_ns={refi * tick * int(rng.integers(2, 6))}"]
+            )
             spec = specs.build(SPEC, overlay, "random timings")
         assert isinstance(spec, arch.PimSpec)
         return spec
@@ -251,7 +250,7 @@ class _Writer:
         if op == "WR_EL":
             f["outs"], f["pitch"], f["lane"] = pick(1, 5), pick(0, p.columns + 1), pick(0, p.lanes - 1)
             columns = (f["outs"] - 1) * f["pitch"] + 1
-        if columns > p.rows * p.columns or (op == "MAC_AB" and columns > p.rows * p.columns):
+        if columns > p.rows * p.columns:
             return self.line(op)
         if op not in ("WR_GB", "RD_MAC"):
             f |= self.place(columns)
@@ -328,15 +327,17 @@ _LAST = (("WR_GB", "cols=1 src=1"), ("MAC_AB", "row=1 cols=1"))
 
 def cases(structure: Structure, count: int, seed: Sequence[int]) -> list[Case]:
     """`count` cases; equal seeds give equal cases."""
-    out = []
-    for number in range(count):
-        rng = np.random.default_rng([*seed, number])
-        spec = structure.spec
-        assert isinstance(spec, arch.PimSpec)
-        if not structure.keep_timing:
-            spec = _timed(spec, rng, number)
-        out.append(Case(spec, _program(spec, rng, number), 5 * int(rng.integers(0, 1 << 40)) + number % 5))
-    return out
+    return [case(structure, number, seed) for number in range(count)]
+
+
+def case(structure: Structure, number: int, seed: Sequence[int]) -> Case:
+    """Case `number`, which also decides what kind of program and of image it has."""
+    rng = np.random.default_rng([*seed, number])
+    spec = structure.spec
+    assert isinstance(spec, arch.PimSpec)
+    if not structure.keep_timing:
+        spec = _timed(spec, rng, number)
+    return Case(spec, _program(spec, rng, number), 5 * int(rng.integers(0, 1 << 40)) + number % 5)
 
 
 # ---- images -------------------------------------------------------------------------------------------
@@ -577,7 +578,6 @@ def _activity(
 def _count_results(spec: arch.PimSpec, observed: Observed) -> Counter[str]:
     """The kinds of number that appear in SRAM and accumulators and were not there before."""
     out: Counter[str] = Counter()
-    p = spec.params()
     sram = observed.after["sram"]
     written = sram[sram != observed.before["sram"]]
     acc = observed.after["acc"].reshape(-1)
@@ -590,5 +590,4 @@ def _count_results(spec: arch.PimSpec, observed: Observed) -> Counter[str]:
         out["result normal"] += int(((magnitude >= fmt.min_normal) & (magnitude < fmt.overflow)).sum())
         if bits is written:
             out["result zero"] += int((magnitude == 0).sum())
-    assert prod(acc.shape) == p.channels * p.n_banks
     return out

@@ -1,0 +1,34 @@
+"""A spec's RTL as Verilog: `tilewright rtl`."""
+
+from collections.abc import Sequence
+
+from tilewright import __version__
+from tilewright.arch import registry
+from tilewright.catalog import spec_hash
+from tilewright.output import say
+
+
+def verilog(name: str, sets: Sequence[str] = ()) -> str:
+    """Verilog of the machine, under a comment that says what it is of.
+
+    A machine of equal channels is written as one of them: the macro that a chip repeats. Raises UserError.
+    """
+    spec = registry.load_spec(name, sets)
+    full = spec_hash(spec)
+    channels = getattr(spec, "channels", 1)
+    part = ""
+    if channels > 1:
+        spec = registry.load_spec(name, [*sets, "channels=1"])
+        part = f"one channel of {channels}"
+        say(f"{part}: the macro that the machine repeats")
+    from tilewright.rtl.cosim.verilog import to_verilog
+
+    text = to_verilog(registry.room("rtl", spec.target_name).top(spec))
+    title = f"{spec.name}{', ' + part if part else ''}"
+    lines = (
+        f"{title} (target {spec.target_name})",
+        f"spec {full}",
+        f"tilewright {__version__}",
+        "Memories above 64 KiB are instances of tilewright_memory: a behavioural one is rtl/lib/tilewright_memory.v",
+    )
+    return "".join(f"// {line}\n" for line in lines) + text
