@@ -52,6 +52,7 @@ class Channel(NamedTuple):
 
     dram: DramState
     history: np.ndarray  # dram.last as one row
+    live: np.ndarray  # int64: the places of `history` that some constraint reads
     # int64[7]: first tick not yet accounted for; next refresh due; tick of the command that opened the first
     # of the open rows; the row that all banks have open; PREab (-1: none) and REFab tick of the last refresh;
     # traced commands
@@ -234,9 +235,9 @@ def _steady(p, c, address, periods, columns, longest, act, counters):
             if c.dram.open_row[b] - row != snap[rows + b]:
                 repeat = 0
         horizon = v[_TIME] - longest
-        for j in range(len(last)):
-            then = snap[history + j]
-            if last[j] - then != shift and (last[j] > horizon or then > horizon - shift):
+        for k in range(len(c.live)):
+            then, now = snap[history + k], last[c.live[k]]
+            if now - then != shift and (now > horizon or then > horizon - shift):
                 repeat = 0
                 break
         if repeat > 0:
@@ -244,7 +245,7 @@ def _steady(p, c, address, periods, columns, longest, act, counters):
                 act[j] += repeat * (act[j] - snap[tables + j])
             for j in range(len(counters)):
                 counters[j] += repeat * (counters[j] - snap[tables + len(act) + j])
-            for j in range(len(last)):
+            for j in c.live:
                 if last[j] > horizon:
                     last[j] += repeat * shift
             advance = repeat * columns // p.columns
@@ -263,8 +264,8 @@ def _steady(p, c, address, periods, columns, longest, act, counters):
         snap[tables + j] = act[j]
     for j in range(len(counters)):
         snap[tables + len(act) + j] = counters[j]
-    for j in range(len(last)):
-        snap[history + j] = last[j]
+    for k in range(len(c.live)):
+        snap[history + k] = last[c.live[k]]
     return 0
 
 
@@ -372,6 +373,7 @@ class Machine(NamedTuple):
     members: np.ndarray  # int64[classes]: mask of the channels in each class; 0 where the slot is free
     last: np.ndarray  # DramState.last of each class
     history: np.ndarray  # Channel.history of each class: the same memory
+    live: np.ndarray  # Channel.live
     open_row: np.ndarray  # DramState.open_row of each class
     v: np.ndarray  # Channel.v of each class
     trace: np.ndarray  # Channel.trace of each class
@@ -386,7 +388,9 @@ class Machine(NamedTuple):
 @njit(cache=True)
 def _channel(m, k):
     """The state of class k, as views."""
-    return Channel(DramState(m.last[k], m.open_row[k]), m.history[k], m.v[k], m.trace[k], m.scratch, m.snap)
+    return Channel(
+        DramState(m.last[k], m.open_row[k]), m.history[k], m.live, m.v[k], m.trace[k], m.scratch, m.snap
+    )
 
 
 @njit(cache=True)
@@ -439,7 +443,7 @@ def _equal(m, a, b, longest):
         return False
     horizon = x[_TIME] - longest
     p, q = m.history[a], m.history[b]
-    for j in range(len(p)):
+    for j in m.live:
         if p[j] != q[j] and (p[j] > horizon or q[j] > horizon):
             return False
     return True
@@ -551,6 +555,8 @@ def _finish(p, m):
 def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Machine:
     k, dram = p.channels, new_state(p.dram)
     last = np.repeat(dram.last[None], k, axis=0)
+    reads = np.arange(p.dram.max_window) < p.dram.cmd_history[:, None]
+    live = np.flatnonzero(np.broadcast_to(reads, dram.last.shape))
     v = np.zeros((k, 7), np.int64)
     v[:, _DUE] = p.n_refi
     v[:, [_UNIFORM, _REF_PRE, _REF_AT]] = _CLOSED
@@ -562,6 +568,7 @@ def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Mach
         members=members,
         last=last,
         history=last.reshape(k, -1),
+        live=live,
         open_row=np.repeat(dram.open_row[None], k, axis=0),
         v=v,
         trace=np.zeros((k, trace, 4), np.int64),
@@ -570,7 +577,7 @@ def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Mach
         act=np.zeros((k, _BUSY + 1), np.int64),
         count=np.zeros((k, _N_COUNTERS), np.int64),
         scratch=np.zeros(_BUSY, np.int64),
-        snap=np.zeros(4 + p.n_banks + _BUSY + 1 + _N_COUNTERS + dram.last.size, np.int64),
+        snap=np.zeros(4 + p.n_banks + _BUSY + 1 + _N_COUNTERS + len(live), np.int64),
     )
 
 
