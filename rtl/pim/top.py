@@ -116,7 +116,9 @@ class ChannelTop(wiring.Component):
         first = channels[0]
         host_we = port.we
         if len(channels) == 1 and width * p.sram_columns > SMALL_BITS:
-            m.submodules.sram = sram = BlackBoxMemory(width=width, depth=p.sram_columns, granularity=width // words)
+            m.submodules.sram = sram = BlackBoxMemory(
+                width=width, depth=p.sram_columns, granularity=width // words
+            )
             m.d.comb += [
                 sram.read_enable.eq(Mux(run, first.sram_read, port.re)),
                 sram.read_address.eq(Mux(run, first.sram_raddr, port.addr)),

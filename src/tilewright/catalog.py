@@ -98,8 +98,8 @@ def show_spec(spec: specs.Spec) -> list[Any]:
             derived.add_row(key, str(ticks))
         items += ["", derived]
     assumed = spec.assumed()
-    items += ["", f"assumed ({len(assumed)} of {len(spec.provenance)} values): {', '.join(assumed) or 'none'}"]
-    return items
+    share = f"{len(assumed)} of {len(spec.provenance)} values"
+    return [*items, "", f"assumed ({share}): {', '.join(assumed) or 'none'}"]
 
 
 def _text(value: Any) -> str:
@@ -161,4 +161,3 @@ def print_spec(spec: specs.Spec, form: str) -> None:
 def is_roofline(spec: specs.Spec) -> bool:
     """Whether the device is known by its roofline only."""
     return isinstance(spec, RooflineSpec)
-

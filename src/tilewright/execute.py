@@ -17,7 +17,7 @@ from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import Program
 from tilewright.arch.scenario import TagInfo
 from tilewright.arch.timeline import Timeline
-from tilewright.output import read_text, replacing
+from tilewright.output import read_text, replacing, say
 from tilewright.run import cycle_model
 from tilewright.summary import Result, of_timeline
 
@@ -101,6 +101,7 @@ def run_rtl(
     # A power of two, so that programs of similar length share a build.
     depth = max(machine.CODE_DEPTH, 1 << (length - 1).bit_length())
     case = bench.Case(spec.params(), program, image)
+    say("running the RTL; a structure that is new takes minutes to build...")
     simulator = bench.build_rtl(spec, depth=depth, waves=waves is not None)
     target = None if waves is None else Path(waves)
     (outcome,) = bench.run_cases(simulator, [case], depth=depth, waves=target, slack=2 * model.ticks)
@@ -146,10 +147,11 @@ def _known(names: list[str], blank: Image, path: str) -> list[str]:
 
 
 def _blank(spec: specs.Spec) -> dict[str, NDArray[Any]]:
+    workload = registry.room("workloads", spec.target_name)
     hint = "make the machine smaller with --set"
     try:
         # Zero pages cost nothing until they are written, so the size may be looked at after the fact.
-        blank: dict[str, NDArray[Any]] = registry.room("workloads", spec.target_name).blank_image(spec.params())
+        blank: dict[str, NDArray[Any]] = workload.blank_image(spec.params())
     except MemoryError as error:
         raise UserError(f"{spec.name}: the memory image is too large ({error}): {hint}") from None
     size = sum(a.nbytes for a in blank.values())

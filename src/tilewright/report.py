@@ -179,16 +179,14 @@ def device_tables(result: Result) -> list[Any]:
 
 def _operator_table(result: Result) -> Table:
     narrow = width() < 80
-    columns = ("operator", ">calls", ">cycles", ">time", ">%", ">energy", "bound by")
-    if narrow:
-        columns = tuple(c for c in columns if c not in (">calls", ">cycles"))
-    table = grid(result.spec.name, *columns)
+    counts = () if narrow else (">calls", ">cycles")
+    table = grid(result.spec.name, "operator", *counts, ">time", ">%", ">energy", "bound by")
 
     def add(name: str, o: Operator, **style: Any) -> None:
         time = engineering(o.cycles * float(result.tick.period_s), "s")
-        counts = [] if narrow else [f"{o.calls:,}" if o.calls else "", f"{o.cycles:,}"]
+        numbers = [] if narrow else [f"{o.calls:,}" if o.calls else "", f"{o.cycles:,}"]
         share, energy = percent(o.cycles, result.cycles), engineering(o.energy_j, "J")
-        table.add_row(name, *counts, time, share, energy, o.bound_by, **style)
+        table.add_row(name, *numbers, time, share, energy, o.bound_by, **style)
 
     shown = [o for o in result.operators if o.name or _matters(o, result)]
     for i, o in enumerate(shown):
@@ -214,7 +212,8 @@ def _unit_table(result: Result) -> Table:
         whole = result.cycles * len(units)
         stalls = {c: sum(u["stalls"][c] for u in units) for c in units[0]["stalls"]}
         largest = sorted((c for c in stalls if 1000 * stalls[c] >= whole), key=lambda c: -stalls[c])
-        label = f"{name} ({len(units)})" if len(units) > 1 else next(n for n in result.units if group(n) == name)
+        own = next(n for n in result.units if group(n) == name)
+        label = f"{name} ({len(units)})" if len(units) > 1 else own
         causes = ", ".join(f"{c} {percent(stalls[c], whole)}" for c in largest)
         table.add_row(label, percent(sum(u["busy"] for u in units), whole), causes)
     return table
@@ -280,8 +279,8 @@ def _side_by_side(results: Sequence[Result]) -> Table:
         reference = times[0].get(name)
         cells = [engineering(reference, "s")]
         for r, t in zip(results[1:], times[1:], strict=True):
-            known = reference and name in t
-            cells += [engineering(t.get(name), "s"), ratio(t[name] / reference, first, r) if known else "-"]
+            quotient = ratio(t[name] / reference, first, r) if reference and name in t else "-"
+            cells += [engineering(t.get(name), "s"), quotient]
         table.add_row(name, *cells)
     return table
 

@@ -32,7 +32,6 @@ class Spans:
     start: NDArray[np.int64]
     end: NDArray[np.int64]
     cycles: NDArray[np.int64]
-    calls: NDArray[np.int64]
     energy_j: NDArray[np.float64] | None
     bound_by: Sequence[str]
 
@@ -210,7 +209,6 @@ def _sums(
         start=start[ran],
         end=end[ran],
         cycles=cycles[ran],
-        calls=calls[ran],
         energy_j=None if energy is None else energy[ran],
         bound_by=[bound[i] for i in ran],
     )
@@ -226,7 +224,6 @@ def _steps(timeline: Timeline, tags: Sequence[TagInfo], bound: Sequence[str]) ->
         start=s["first"],
         end=s["end"],
         cycles=s["ticks"],
-        calls=s["count"],
         energy_j=None,
         bound_by=[""] * len(s),
     )

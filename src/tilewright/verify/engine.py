@@ -133,10 +133,8 @@ class Report:
 
     def text(self) -> str:
         """The report for people, in lines."""
-        lines = [
-            f"{self.subject}: {self.cases} cases on {len(self.structures)} structures, "
-            f"{self.ticks} ticks of RTL, seed {self.seed}"
-        ]
+        size = f"{self.cases} cases on {len(self.structures)} structures, {self.ticks} ticks of RTL"
+        lines = [f"{self.subject}: {size}, seed {self.seed}"]
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  covered {count:6d}  {name}" for name, count in self.coverage.items()]
         lines += [f"  NOT COVERED     {name}" for name in self.uncovered]

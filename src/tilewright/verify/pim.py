@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -361,12 +361,10 @@ def image(spec: arch.PimSpec, seed: int) -> dict[str, np.ndarray]:
         shape = out[name].shape
         values = rng.standard_normal(shape).astype(np.float32)
         if kind == 2:  # few bits apart in exponent: sums that tie
-            values = (rng.integers(-128, 129, shape) * np.float32(2) ** rng.integers(-9, 9, shape)).astype(
-                np.float32
-            )
+            values = np.ldexp(rng.integers(-128, 129, shape), rng.integers(-9, 9, shape)).astype(np.float32)
         elif kind == 3:  # products below the normal range, of bfloat16 and of fp16
-            values = values * np.float32(2.0) ** rng.choice([-63, -66, -70, -126, -9, -12], shape)
-        bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            values = np.ldexp(values, rng.choice([-63, -66, -70, -126, -9, -12], shape))
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
         if kind == 1:
             bits = np.where(rng.random(shape) < 0.15, rng.choice(_SPECIAL, shape), bits)
         elif kind == 4:
