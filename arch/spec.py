@@ -138,6 +138,7 @@ def check_yaml(text: str, name: str) -> None:
     depth = documents = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            assert event.start_mark is not None
             where = f"{name}:{event.start_mark.line + 1}"
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise UserError(f"{where}: YAML anchors and aliases are not allowed")

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -234,6 +235,22 @@ def test_no_file_knows_this_machine():
             if FORBIDDEN.search(line):
                 found.append(f"{path}:{number}: {line.strip()[:80]}")
     assert found == []
+
+
+def test_everything_that_is_installed_is_locked():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    wanted += [r for extra in project["project"]["optional-dependencies"].values() for r in extra]
+    locked = {}
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = re.fullmatch(r"([a-z0-9-]+)==([\w.]+)( ; .*)?", line).groups()[:2]
+            locked.setdefault(name, set()).add(version)
+    for requirement in wanted:
+        name, _, pinned = re.match(r"([\w-]+)(==)?([\w.]*)", requirement).groups()
+        versions = locked.get(name.lower().replace("_", "-"), set())
+        assert versions, f"{name} is not in constraints.txt"
+        assert not pinned or pinned in versions, f"{requirement}: constraints.txt has {versions}"
 
 
 # ---- set-up -------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Spans:
     start: NDArray[np.int64]
     end: NDArray[np.int64]
     cycles: NDArray[np.int64]
-    energy_j: NDArray[np.float64] | None
+    energy_j: NDArray[np.floating[Any]] | None
     bound_by: Sequence[str]
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -210,7 +210,7 @@ def _sums(
         end=end[ran],
         cycles=cycles[ran],
         energy_j=None if energy is None else energy[ran],
-        bound_by=[bound[i] for i in ran],
+        bound_by=[bound[i] for i in ran.tolist()],
     )
 
 
