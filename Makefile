@@ -43,7 +43,8 @@ lint: $(VENV)/.test  ## ruff, mypy and the import rules
 bench: $(VENV)/.test  ## speed of the models, folded and unfolded
 	$(PYTEST) -s benchmarks
 
-verify-long: $(VENV)/.test  ## RTL against model and interpreter on a wide plan (SEED=1 SPECS=20 PROGRAMS=200)
+verify-long: $(VENV)/.test  ## all mutants, and RTL against model on a wide plan (SEED=1 SPECS=20 PROGRAMS=200)
+	TILEWRIGHT_LONG=1 $(PYTEST) -n $(JOBS) --dist worksteal $(wildcard tests/*/test_verify.py)
 	$(BIN)/tilewright verify pim --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 
 clean:  ## remove the environment, caches and builds

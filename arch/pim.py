@@ -378,7 +378,8 @@ class PimParams(NamedTuple):
     banks_per_group: int
     n_banks: int
     rows: int
-    columns: int  # in a row
+    columns: int  # in a row, a power of two
+    column_bits: int  # its logarithm
     lanes: int
     gb_columns: int
     sram_columns: int
@@ -502,6 +503,7 @@ class PimSpec(Spec):
             n_banks=banks,
             rows=d.rows,
             columns=d.row_bytes // d.column_bytes,
+            column_bits=(d.row_bytes // d.column_bytes).bit_length() - 1,
             lanes=self.pim.lanes,
             gb_columns=self.pim.global_buffer_bytes // d.column_bytes,
             sram_columns=self.asic.sram_bytes // d.column_bytes,

@@ -47,6 +47,9 @@ _TIME, _DUE, _SINCE, _UNIFORM, _REF_PRE, _REF_AT, _TRACED = range(7)
 _CLOSED, _MIXED = -1, -2  # _UNIFORM, where no single row is open in every bank
 
 
+Integer = int | np.integer[Any]
+
+
 class Channel(NamedTuple):
     """State of one channel, or of several that have done the same so far."""
 
@@ -65,13 +68,13 @@ class Channel(NamedTuple):
 class Work(NamedTuple):
     """What an instruction asks of a channel; `address` is the linear column."""
 
-    op: int
-    address: int
-    bank: int
-    cols: int
-    outs: int
-    pitch: int
-    longest: int  # the largest latency of any constraint: older commands bind no more
+    op: Integer
+    address: Integer
+    bank: Integer
+    cols: Integer
+    outs: Integer
+    pitch: Integer
+    longest: Integer  # the largest latency of any constraint: older commands bind no more
 
 
 # ---- clock domain -------------------------------------------------------------------------------------
@@ -179,7 +182,9 @@ def _burst(p, c, command, bank, step, row, n, fold, act, counters):
         more = 0
         if fold and step == 0:
             cadence = p.cadence[command]
-            more = min(n - 1, (v[_DUE] - t - 1) // cadence)
+            more = n - 1
+            if t + more * cadence >= v[_DUE]:
+                more = (v[_DUE] - t - 1) // cadence
             act[_BUSY] += more
             act[_COLUMN] += more * (cadence - 1)
             counters[command] += more
@@ -223,7 +228,7 @@ def _steady(p, c, address, periods, columns, longest, act, counters):
     refresh fell in between, and none falls due before the repetitions end.
     """
     v, snap, last = c.v, c.snap, c.history
-    row = address // p.columns
+    row = address >> p.column_bits
     rows = 4
     tables = rows + p.n_banks
     history = tables + len(act) + len(counters)
@@ -288,7 +293,7 @@ def _execute(p, c, work, start, fold, act, counters):
     elif op == _WR_EL:
         left = p.n_banks
     while outs > 0:
-        row = address // p.columns
+        row = address >> p.column_bits
         command, bank, step, n, own = _WRGB, work.bank, 0, left, True
         if reading:
             command = _RDMAC
@@ -380,7 +385,7 @@ class Machine(NamedTuple):
     activity: np.ndarray  # int64[tags + 1, units, causes + busy]; the last row belongs to no tag
     counters: np.ndarray  # int64[tags + 1, counters]
     act: np.ndarray  # int64[classes, causes + busy]: during one instruction
-    count: np.ndarray  # int64[classes, counters]: during one instruction
+    tally: np.ndarray  # int64[classes, counters]: during one instruction
     scratch: np.ndarray  # Channel.scratch
     snap: np.ndarray  # Channel.snap
 
@@ -402,10 +407,10 @@ def _credit(m, tag, k):
             channels += 1
             for j in range(m.act.shape[1]):
                 m.activity[tag, _CHANNEL + c, j] += m.act[k, j]
-    for j in range(m.count.shape[1]):
-        m.counters[tag, j] += m.count[k, j] * channels
+    for j in range(m.tally.shape[1]):
+        m.counters[tag, j] += m.tally[k, j] * channels
     m.act[k] = 0
-    m.count[k] = 0
+    m.tally[k] = 0
 
 
 @njit(cache=True)
@@ -489,7 +494,7 @@ def _run(p, code, m, firsts, ends, fold):
             )
             for k in range(len(m.members)):
                 if m.members[k] & mask:
-                    end = _execute(p, _channel(m, k), work, dispatch + 1, fold, m.act[k], m.count[k])
+                    end = _execute(p, _channel(m, k), work, dispatch + 1, fold, m.act[k], m.tally[k])
                     complete = max(complete, end)
         else:
             cycles = _asic_cycles(p, op, np.int64(i["n"]), outs, m.counters[tag])
@@ -536,18 +541,18 @@ def _finish(p, m):
         if m.members[k] == 0:
             continue
         c, v = _channel(m, k), m.v[k]
-        _rest(p, c, end, _IDLE, m.act[k], m.count[k])
+        _rest(p, c, end, _IDLE, m.act[k], m.tally[k])
         if v[_UNIFORM] != _CLOSED:
-            m.count[k, _OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
+            m.tally[k, _OPEN_TICKS] += max(end - 1 - v[_SINCE], 0)
         for t in range(end, v[_TIME]):  # the tail of the last refresh
             if t == v[_REF_PRE] or t == v[_REF_AT]:
                 m.act[k, _BUSY] -= 1
-                m.count[k, _PREAB if t == v[_REF_PRE] else _REFAB] -= 1
+                m.tally[k, _PREAB if t == v[_REF_PRE] else _REFAB] -= 1
                 v[_TRACED] -= 1 if v[_TRACED] > 0 else 0
             else:
                 m.act[k, _REFRESH] -= 1
         if v[_REF_PRE] >= end:
-            m.count[k, _OPEN_TICKS] -= v[_REF_PRE] - (end - 1)
+            m.tally[k, _OPEN_TICKS] -= v[_REF_PRE] - (end - 1)
         _credit(m, nobody, k)
     return end
 
@@ -555,8 +560,10 @@ def _finish(p, m):
 def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Machine:
     k, dram = p.channels, new_state(p.dram)
     last = np.repeat(dram.last[None], k, axis=0)
-    reads = np.arange(p.dram.max_window) < p.dram.cmd_history[:, None]
-    live = np.flatnonzero(np.broadcast_to(reads, dram.last.shape))
+    live = np.zeros(dram.last.shape, bool)
+    nodes = (slice(0, 1), slice(1, 1 + p.n_bankgroups), slice(1 + p.n_bankgroups, None))
+    for scope, prev, window in zip(p.dram.row_scope, p.dram.row_prev, p.dram.row_window, strict=True):
+        live[nodes[scope], prev, :window] = True
     v = np.zeros((k, 7), np.int64)
     v[:, _DUE] = p.n_refi
     v[:, [_UNIFORM, _REF_PRE, _REF_AT]] = _CLOSED
@@ -568,16 +575,16 @@ def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Mach
         members=members,
         last=last,
         history=last.reshape(k, -1),
-        live=live,
+        live=np.flatnonzero(live),
         open_row=np.repeat(dram.open_row[None], k, axis=0),
         v=v,
         trace=np.zeros((k, trace, 4), np.int64),
         activity=np.zeros((n_tags + 1, _CHANNEL + k, _BUSY + 1), np.int64),
         counters=np.zeros((n_tags + 1, _N_COUNTERS), np.int64),
         act=np.zeros((k, _BUSY + 1), np.int64),
-        count=np.zeros((k, _N_COUNTERS), np.int64),
+        tally=np.zeros((k, _N_COUNTERS), np.int64),
         scratch=np.zeros(_BUSY, np.int64),
-        snap=np.zeros(4 + p.n_banks + _BUSY + 1 + _N_COUNTERS + len(live), np.int64),
+        snap=np.zeros(4 + p.n_banks + _BUSY + 1 + _N_COUNTERS + live.sum(), np.int64),
     )
 
 

@@ -88,7 +88,7 @@ def run(command: str, below: list[str], folder: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "tilewright", *arguments],
             check=False, cwd=folder, capture_output=True, text=True, timeout=300,
-            env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"},
+            env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"},
         )  # fmt: skip
         output, code = done.stdout + done.stderr, done.returncode
     absent = missing(below, output)

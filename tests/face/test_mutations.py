@@ -58,6 +58,8 @@ def mutations(draw):
     section, key = parent(root, path), path[-1]
     # What stands beside a number (unit, source, ...) is named by the number's key.
     names = {[k for k in path if k not in specs.DATUM_KEYS][-1]}
+    if "tick_ns" in names:
+        names.add("the tick of")
     kind = draw(st.sampled_from(("delete", "set", "set", "set", "rename")))
     if kind == "delete":
         del section[key]
@@ -70,7 +72,7 @@ def mutations(draw):
     return root, names
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(mutations())
 def test_a_mistake_runs_or_is_named(tmp_path_factory, mutation):
     root, names = mutation

@@ -114,8 +114,8 @@ def test_a_large_spec_is_scaled_to_what_rtl_simulates():
     spec = registry.load_spec("pim-gpt")
     small, notes = plan.scaled(spec)
     p = small.spec.params()
-    assert (p.channels, p.n_banks, p.lanes, p.columns, p.gb_columns) == (2, 4, 4, 8, 8)
-    assert small.keep_timing and "channels 8 to 2" in notes[0]
+    assert (p.channels, p.n_banks, p.lanes, p.columns, p.gb_columns) == (1, 4, 4, 8, 8)
+    assert small.keep_timing and "channels 8 to 1" in notes[0]
     # Every timing but the depth of the adder tree, which follows from the lanes.
     assert {**small.spec.timing, "n_mac": 0} == {**spec.timing, "n_mac": 0}
     assert plan.scaled(small.spec)[1] == []
@@ -159,7 +159,9 @@ def test_a_mutant_leaves_nothing_behind():
         ("pim", {"specs": 0}, "--specs must be at least 1, not 0"),
         ("pim", {"programs": -1}, "--programs must be at least 1, not -1"),
         ("pim", {"seed": -1}, "--seed must be at least 0, not -1"),
+        ("pim-gpt", {"specs": 2}, "--specs 2: a spec has one structure"),
         ("no/such.json", {}, "cannot read no/such.json"),
+        ("no/such.json", {"programs": 3}, "--programs 3: a replay file has one case"),
     ],
 )
 def test_mistakes_are_named(subject, options, message):

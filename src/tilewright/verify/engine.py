@@ -158,9 +158,10 @@ def run(
     """Verify a target (its slug), a spec (preset or YAML path), a structure, or the case of a replay file.
 
     `specs` is the number of structures, `programs` that of programs for each; left out, a target runs its
-    default plan and must then reach its coverage. `waves` is a VCD of the first case that disagrees, else of
+    default plan; it must reach its coverage with no less than that. `waves` is a VCD of the first case that disagrees, else of
     the first case. A mismatch is written to `replay` (default `verify-<slug>.json` in the working folder).
-    `progress` counts structures. Raises UserError for an unknown subject and counts below 1.
+    `progress` counts structures. Raises UserError for an unknown subject, counts below 1, and more structures
+    or programs than the subject has.
     """
     for name, count in (("--specs", specs), ("--programs", programs)):
         if count is not None and count < 1:
@@ -217,9 +218,11 @@ def _work(subject: str | Path | Structure, count: int | None, programs: int | No
     """Slug, structures, cases for each and notes."""
     notes: list[str] = []
     if isinstance(subject, (str, Path)) and str(subject).endswith(".json"):
+        _only_once("a replay file has one case", specs=count, programs=programs)
         slug, structure, case = load_replay(Path(subject))
         return slug, [structure], [[case]], [f"replay of {subject}"]
     if isinstance(subject, Structure):
+        _only_once("a structure is one", specs=count)
         slug, structures = subject.spec.target, [subject]
         plan = plan_of(slug)
     elif str(subject) in registry.targets():
@@ -231,6 +234,7 @@ def _work(subject: str | Path | Structure, count: int | None, programs: int | No
         if str(subject) not in known and not spec_files.is_path(str(subject)):
             hint = nearest(str(subject), known)
             raise UserError(f"{subject!r} is no target, spec or replay file: {hint}")
+        _only_once("a spec has one structure; name a target for more", specs=count)
         spec = registry.load_spec(str(subject))
         slug = spec.target
         plan = plan_of(slug)
@@ -239,6 +243,12 @@ def _work(subject: str | Path | Structure, count: int | None, programs: int | No
     each = programs or plan.PROGRAMS
     cases = [plan.cases(s, each, (seed, k)) for k, s in enumerate(structures)]
     return slug, structures, cases, notes
+
+
+def _only_once(why: str, **counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count != 1:
+            raise UserError(f"--{name} {count}: {why}")
 
 
 # ---- running ------------------------------------------------------------------------------------------

@@ -49,6 +49,12 @@ def _told(change: Callable[[PimParams], PimParams]) -> AbstractContextManager[No
     return replaced(sim, "simulate", simulate)
 
 
+def _constant(array: np.ndarray) -> np.ndarray:
+    """Read-only like the array it replaces: a writable one would have the kernels compiled anew."""
+    array.flags.writeable = False
+    return array
+
+
 def _halves(bank: np.ndarray, buffer: np.ndarray, fmt: FloatFormat) -> np.ndarray:
     products = formats.multiply(bank, buffer, BF16, fmt)
     while (n := products.shape[-1]) > 1:
@@ -120,10 +126,13 @@ MUTANTS = (
     Mutant(
         "model: refresh interval one tick longer", partial(_told, lambda p: p._replace(n_refi=p.n_refi + 1))
     ),
-    Mutant("model: the drain is one tick long", partial(_told, lambda p: p._replace(drain=p.drain + 1))),
+    Mutant(
+        "model: the drain is one tick long",
+        partial(_told, lambda p: p._replace(drain=_constant(p.drain + 1))),
+    ),
     Mutant(
         "model: banks open in the order of their numbers",
-        partial(_told, lambda p: p._replace(stagger_order=np.arange(p.n_banks))),
+        partial(_told, lambda p: p._replace(stagger_order=_constant(np.arange(p.n_banks)))),
     ),
     Mutant(
         "model: refresh phase drifts",
