@@ -6,13 +6,11 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from tilewright.arch import formats
-from tilewright.arch.pim import CAUSES, CMD, ISA, N_CHANNEL_OPS, PimParams
-from tilewright.rtl.layouts import layout_of
-from tilewright.rtl.lib.dram import AGE_BITS
+from tilewright.arch.pim import CMD, PimParams
 from tilewright.rtl.lib.fp import FpConvert
 from tilewright.rtl.pim.bank import Bank
-from tilewright.rtl.pim.bus import bits_for_count, command_layout
-from tilewright.rtl.pim.controller import DRAIN_BITS, ChannelController
+from tilewright.rtl.pim.bus import bits_for_count
+from tilewright.rtl.pim.controller import ChannelController, control_members
 
 
 class Channel(wiring.Component):
@@ -43,7 +41,6 @@ class Channel(wiring.Component):
     gb_wdata     In                      host data
     gb_rdata     Out                     contents, one tick after `gb_addr`
     acc          Out array of banks      accumulators
-    issued       Out command_layout      the command of this tick
     ============ === =================== ====================================================
     """
 
@@ -54,17 +51,7 @@ class Channel(wiring.Component):
         sram = bits_for_count(params.sram_columns)
         super().__init__(
             {
-                "clear": In(1),
-                "run": In(1),
-                "n_refi": In(AGE_BITS),
-                "staggered": In(1),
-                "latency": In(AGE_BITS).array(len(params.dram.row_prev)),
-                "drain": In(DRAIN_BITS).array(N_CHANNEL_OPS),
-                "instruction": In(layout_of(ISA.record("code"))),
-                "start": In(1),
-                "busy": Out(1),
-                "any_open": Out(1),
-                "stall": Out(range(len(CAUSES))),
+                **control_members(params),
                 "sram_read": Out(1),
                 "sram_raddr": Out(sram),
                 "sram_rdata": In(width),
@@ -76,7 +63,6 @@ class Channel(wiring.Component):
                 "gb_wdata": In(self._host_words * 32),
                 "gb_rdata": Out(self._host_words * 32),
                 "acc": Out(accumulator.width).array(params.n_banks),
-                "issued": Out(command_layout(params)),
             }
         )
 
@@ -85,13 +71,10 @@ class Channel(wiring.Component):
         p = self._params
         m.submodules.controller = controller = ChannelController(params=p, index=self._index)
         bus = controller.bus
-        for name in ("clear", "run", "n_refi", "staggered", "instruction", "start"):
-            m.d.comb += getattr(controller, name).eq(getattr(self, name))
-        for name in ("latency", "drain"):
-            m.d.comb += [a.eq(b) for a, b in zip(getattr(controller, name), getattr(self, name), strict=True)]
-        for name in ("busy", "any_open", "stall"):
-            m.d.comb += getattr(self, name).eq(getattr(controller, name))
-        m.d.comb += self.issued.eq(bus)
+        for name, member in control_members(p).items():
+            ours, its = getattr(self, name), getattr(controller, name)
+            pairs = zip(ours, its, strict=True) if member.dimensions else [(ours, its)]
+            m.d.comb += [b.eq(a) if member.flow == In else a.eq(b) for a, b in pairs]
 
         def issues(command):
             return bus.valid & (bus.code == command)

@@ -12,6 +12,24 @@ from tilewright.rtl.pim.bus import command_layout
 DRAIN_BITS = 16
 
 
+def control_members(params: PimParams) -> dict:
+    """What the machine says to a channel, and hears of it; see `ChannelController`."""
+    return {
+        "clear": In(1),
+        "run": In(1),
+        "n_refi": In(AGE_BITS),
+        "staggered": In(1),
+        "latency": In(AGE_BITS).array(len(params.dram.row_prev)),
+        "drain": In(DRAIN_BITS).array(N_CHANNEL_OPS),
+        "instruction": In(layout_of(ISA.record("code"))),
+        "start": In(1),
+        "busy": Out(1),
+        "any_open": Out(1),
+        "stall": Out(range(len(CAUSES))),
+        "bus": Out(command_layout(params)),
+    }
+
+
 class ChannelController(wiring.Component):
     """Turns one instruction at a time into DRAM commands.
 
@@ -49,22 +67,7 @@ class ChannelController(wiring.Component):
 
     def __init__(self, *, params: PimParams, index: int):
         self._params, self._index = params, index
-        super().__init__(
-            {
-                "clear": In(1),
-                "run": In(1),
-                "n_refi": In(AGE_BITS),
-                "staggered": In(1),
-                "latency": In(AGE_BITS).array(len(params.dram.row_prev)),
-                "drain": In(DRAIN_BITS).array(N_CHANNEL_OPS),
-                "instruction": In(layout_of(ISA.record("code"))),
-                "start": In(1),
-                "busy": Out(1),
-                "bus": Out(command_layout(params)),
-                "any_open": Out(1),
-                "stall": Out(range(len(CAUSES))),
-            }
-        )
+        super().__init__(control_members(params))
 
     def elaborate(self, platform):
         m = Module()

@@ -155,7 +155,7 @@ class ChannelTop(wiring.Component):
         sequencer_stall = [sequencer.run & ~sequencer.working & (sequencer.stall == k) for k in causes]
         events += [sequencer.run & sequencer.working, *sequencer_stall]
         for channel in channels:
-            bus = channel.issued
+            bus = channel.bus
             events += [bus.valid & (bus.code == command) for command in range(self._params.dram.n_commands)]
             events += [sequencer.run & channel.any_open, bus.valid]
             events += [sequencer.run & ~bus.valid & (channel.stall == k) for k in causes]

@@ -122,7 +122,7 @@ def load_image(spec: specs.Spec, path: str | None) -> dict[str, NDArray[Any]]:
     if path is None:
         return blank
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise UserError(f"{path}: must be an .npz file of named arrays, not a single array")
             given = {name: file[name] for name in _known(file.files, blank, path)}

@@ -71,7 +71,7 @@ def test_what_is_not_there_is_no_command(command):
         ("show pim-gpt --set channels", "expected KEY.PATH=VALUE"),
         ("show pim-gpt --json --schema", "exclude each other"),
         ("show nowhere.yaml", "cannot read nowhere.yaml: No such file"),
-        ("show ./", "cannot read ./: Is a directory"),
+        ("show ./", "cannot read .: Is a directory"),
         ("run pim-gpt --model gpt2-x", "did you mean gpt2-xl?"),
         ("run pim-gpt --model gpt2-xl --generate 2000", "1024 positions"),
         ("run t4 --model gpt2-xl --generate 2000", "1024 positions"),
@@ -163,7 +163,7 @@ def test_show_says_where_a_value_comes_from(monkeypatch):
     line = next(row for row in ran.out.splitlines() if row.startswith("t_rp_ns"))
     assert line.split() == ["t_rp_ns", "13.25", "ns", "assumed", "set", "on", "the", "command", "line"]
     # ceil(13.25 / 0.5) ticks
-    assert "\nn_rp           27\n" in ran.out
+    assert ["n_rp", "27"] in [row.split() for row in ran.out.splitlines()]
     assert "assumed (50 of " in ran.out
 
 

@@ -56,7 +56,8 @@ def test_ticks_are_reported(program):
     assert document["engine"] == "sim" and document["equal"] is None and document["values"] is None
     assert document["counters"]["mac_all"] == 2
     assert [s["name"] for s in document["spans"]] == ["load", "multiply", "read"]
-    assert sum(s["cycles"] for s in document["spans"]) < document["cycles"] == document["spans"][-1]["end"] + 2 or True
+    # One fetch more finds the end of the program: a tick, or two where the ASIC's clock is not due.
+    assert document["cycles"] - sum(s["cycles"] for s in document["spans"]) in (1, 2)
 
 
 def test_values_by_hand(program, image, tmp_path):
@@ -104,7 +105,7 @@ def test_an_image_that_is_none(program, tmp_path, content):
 def test_a_full_size_image_is_not_allocated(program):
     assert "takes 4 GiB" in refused("exec", "pim-gpt", program, "--values")
     large = "--set", "dram.rows=65536", "--set", "dram.row_bytes=65536", "--set", "channels=32"
-    assert "GiB" in refused("exec", "pim-gpt", program, "--values", *large)
+    assert "too large" in refused("exec", "pim-gpt", program, "--values", *large)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ def test_a_full_size_image_is_not_allocated(program):
         ("MAC_AB row=99999999\n", "p.asm:1: row must be in 0..65535, not 99999999"),
         ("MAC_AB row\n", "p.asm:1: expected field=value"),
         ("# nothing\n", "holds no instructions"),
-        ("MAC_AB channels=0\n", "p.asm: instruction 0 (MAC_AB): channels must not be empty"),
-        ("MAC_AB channels=2 tag=x\n", "p.asm: instruction 0 (MAC_AB): channels must name"),
-        ("MAC_AB channels=1 row=8\n", "p.asm: instruction 0 (MAC_AB): "),
+        ("MAC_AB channels=0\n", "p.asm: segment 0, instruction 0 (MAC_AB): channels must"),
+        ("MAC_AB channels=2 tag=x\n", "p.asm: segment 0, instruction 0 (MAC_AB): channels must name"),
+        ("MAC_AB channels=1 row=8\n", "p.asm: segment 0, instruction 0 (MAC_AB): row"),
     ],
 )
 def test_a_bad_program(tmp_path, text, words):
