@@ -18,7 +18,7 @@ ROOMS = ("arch", "workloads", "mappers", "sim", "rtl")
 def targets() -> list[str]:
     """Slugs of the targets: those with a module in `arch/`, in `sim/` and a folder of presets."""
     arch = Path(str(resources.files("tilewright.arch")))
-    sim = Path(str(resources.files("tilewright.sim")))
+    sim = arch.parent / "sim"  # by path: the package would load numba
     folders = sorted(p.name for p in (arch / "presets").iterdir() if p.is_dir())
     mappers = arch.parent / "mappers"
     return [s for s in folders if _has(arch, s) and _has(sim, s) and _has(mappers, s)]

@@ -198,6 +198,7 @@ def _node(node: yaml.Node, name: str, path: str) -> Any:
             return Leaf(
                 [v.value for v in values], Provenance("", f"set in {Path(name).name}", "assumed", where)
             )
+        assert isinstance(node, yaml.MappingNode)
         tree = _mapping(node, name, f"{path}.")
     except ValueError as error:
         raise UserError(f"{where}: {path}: {error}") from None

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.face.invoke import tiny_model, tilewright
+from tests.face.invoke import tilewright, tiny_model
 from tilewright import report
 from tilewright.arch.clock import Clock
 from tilewright.catalog import load_device
@@ -121,7 +121,9 @@ def test_csv_holds_the_spans(model, tmp_path):
 
 def test_dash_prints_nothing_else(model):
     ran = tilewright("run", "t4", "--model", model, "--csv", "-")
-    assert ran.out.startswith("spec,name,op,layer,step,start,end,cycles,energy_j,bound_by\n") and ran.err == ""
+    assert (
+        ran.out.startswith("spec,name,op,layer,step,start,end,cycles,energy_j,bound_by\n") and ran.err == ""
+    )
     assert {len(row) for row in csv.reader(io.StringIO(ran.out))} == {10}
 
 
@@ -189,4 +191,6 @@ def test_lines_of_the_table(model, monkeypatch):
     own = sum(s["cycles"] for s in found["spans"] if s["op"] == "qkv")
     assert rows["qkv"][1:3] == ["6", f"{own:,}"]
     assert rows["total"][2] == f"{found['cycles']:,}"
-    assert "row hits" in ran.out and "tokens/s" in ran.out and "seed 0" in ran.out and "LM head yes" in ran.out
+    assert (
+        "row hits" in ran.out and "tokens/s" in ran.out and "seed 0" in ran.out and "LM head yes" in ran.out
+    )
