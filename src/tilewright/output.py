@@ -120,8 +120,8 @@ def progress_bar(title: str, delay_s: float = 1.0) -> Iterator[Progress | None]:
 
     def advance(done: int, total: int) -> None:
         if time.monotonic() - began > delay_s:
-            bar.start()
             bar.update(task, completed=done, total=total or None)
+            bar.start()
 
     try:
         yield advance

@@ -245,6 +245,14 @@ def test_interrupt_ends_with_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_interrupt_while_a_command_loads(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tilewright.__main__.app", interrupted)
+    assert tilewright("list") == (130, "", "tilewright: interrupted\n")
+
+
 def test_every_preset_can_be_shown():
     for slug in ("pim", "system"):
         for name in specs.presets(slug):
