@@ -12,7 +12,8 @@ The rules, which the RTL implements anew (`rtl/pim/`):
 - Refresh k is due at tick k * n_refi and goes before everything else: open banks are closed, the refresh issues.
 - The ASIC works from the domain's next tick on, for the cycles that the operation's passes take.
 
-Channels whose instruction streams have been equal so far have equal states: they are simulated once.
+Channels in equal states are simulated once: they begin so, part where an instruction leaves some out, and join
+again when nothing that can still happen tells them apart.
 """
 
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ _ACT, _ACTAB, _PRE, _PREAB, _RD, _WR, _MACAB, _WRGB, _RDMAC, _REFAB = range(10)
 _OPEN_TICKS, _ASIC_ADDS, _ASIC_MULS, _N_COUNTERS = 10, 11, 12, 13
 _REFRESH, _COLUMN, _DRAIN, _ARRIVAL, _WAIT, _CLOCK, _IDLE, _BUSY = 0, 5, 8, 9, 10, 11, 12, 13
 _WR_GB, _MAC_AB, _RD_MAC, _GEMV, _RD_BK, _WR_BK, _WR_EL = range(7)
+_COMMAND = (_WRGB, _MACAB, _RDMAC, _MACAB, _RD, _WR, _WR)  # of each operation, once its rows are open
 _SEQUENCER, _ASIC, _CHANNEL = 0, 1, 2  # units; the channels follow
 assert tuple(range(10)) == arch.CMD
 assert (*arch.COUNTERS, *arch.ASIC_COUNTERS)[_OPEN_TICKS:] == ("open_ticks", "asic_adds", "asic_multiplies")
@@ -197,26 +199,37 @@ def _burst(p, c, command, bank, step, row, n, fold, act, counters):
 
 
 @njit(**INNER)
-def _all_open(p, c, row):
-    """Whether `row` is open in every bank, in some, and whether some other row is open."""
-    uniform = c.v[_UNIFORM]
-    if uniform != _MIXED:
-        return uniform == row, uniform == row, uniform >= 0 and uniform != row
+def _open_all(p, c, row):
+    """The command that brings `row` towards being open in every bank, and its bank; -1 if it is."""
+    uniform, rows = c.v[_UNIFORM], c.dram.open_row
+    if uniform == row:
+        return -1, -1
     same, other = 0, 0
-    for b in range(p.n_banks):
-        if c.dram.open_row[b] == row:
-            same += 1
-        elif c.dram.open_row[b] >= 0:
-            other += 1
-    return same == p.n_banks, same > 0, other > 0
+    if uniform == _MIXED:
+        for b in range(p.n_banks):
+            same += rows[b] == row
+            other += rows[b] >= 0 and rows[b] != row
+        if same == p.n_banks:
+            return -1, -1
+    elif uniform != _CLOSED:
+        other = p.n_banks
+    if other or (same and p.staggered == 0):
+        return _PREAB, -1
+    if p.staggered == 0:
+        return _ACTAB, -1
+    i = 0
+    while rows[p.stagger_order[i]] == row:
+        i += 1
+    return _ACT, p.stagger_order[i]
 
 
 @njit(**INNER)
-def _next_closed(p, c):
-    for i in range(p.n_banks):
-        if c.dram.open_row[p.stagger_order[i]] < 0:
-            return p.stagger_order[i]
-    return 0
+def _open_one(c, bank, row):
+    """The command that brings `row` towards being open in one bank; -1 if it is."""
+    opened = c.dram.open_row[bank]
+    if opened == row:
+        return -1
+    return _PRE if opened >= 0 else _ACT
 
 
 @njit(**CALLED)
@@ -280,74 +293,57 @@ def _execute(p, c, work, start, fold, act, counters):
 
     Like the controller: look at the banks, issue the command that is needed next, move on.
     """
-    v, op, address, cols, outs = c.v, work.op, work.address, work.cols, work.outs
+    op, address, outs = work.op, work.address, work.outs
     _rest(p, c, start, _IDLE, act, counters)
-    macs = op == _MAC_AB or op == _GEMV
-    # A loop repeats itself after as many outputs as fill whole rows.
-    period = p.columns // _gcd(cols, p.columns)
+    own = _COMMAND[op]
+    every_bank = op == _MAC_AB or op == _GEMV or op == _WR_EL
+    one_bank = op == _RD_BK or op == _WR_BK
+    length = p.bursts if op == _RD_MAC else (p.n_banks if op == _WR_EL else work.cols)
+    left = length  # of this repetition: columns, or banks, or groups of accumulators
+    reading = False  # GEMV: the columns are done, the accumulators are read
+    # A loop may repeat itself after as many outputs as fill whole rows.
+    period = p.columns // _gcd(work.cols, p.columns)
     phase = 0
     c.snap[0] = -1
-    left, reading = cols, op == _RD_MAC
-    if reading:
-        left = p.bursts
-    elif op == _WR_EL:
-        left = p.n_banks
     while outs > 0:
         row = address >> p.column_bits
-        command, bank, step, n, own = _WRGB, work.bank, 0, left, True
-        if reading:
-            command = _RDMAC
-        elif macs or op == _WR_EL:
-            every, some, other = _all_open(p, c, row)
-            if every:
-                command = _MACAB if macs else _WR
-                if macs:
-                    n = min(left, (row + 1) * p.columns - address)
-                else:
-                    bank, step = p.n_banks - left, 1
-            else:
-                n, own = 1, False
-                if other or (some and p.staggered == 0):
-                    command = _PREAB
-                elif p.staggered == 0:
-                    command = _ACTAB
-                else:
-                    command, bank = _ACT, _next_closed(p, c)
-        elif op != _WR_GB:
-            opened = c.dram.open_row[bank]
-            if opened == row:
-                command = _RD if op == _RD_BK else _WR
-                n = min(left, (row + 1) * p.columns - address)
-            else:
-                n, own = 1, False
-                command = _PRE if opened >= 0 else _ACT
+        command, bank = -1, work.bank
+        if every_bank and not reading:
+            command, bank = _open_all(p, c, row)
+        elif one_bank:
+            command = _open_one(c, bank, row)
+        ready = command < 0
+        n, step = 1, 0
+        if ready:
+            command, n = _RDMAC if reading else own, left
+            if op == _WR_EL:
+                bank, step = p.n_banks - left, 1
+            elif (every_bank or one_bank) and not reading:
+                n = min(left, ((row + 1) << p.column_bits) - address)
         issued = _burst(p, c, command, bank, step, row, n, fold, act, counters)
-        if not own:
+        if not ready:
             continue
         left -= issued
-        if (macs and not reading) or op == _RD_BK or op == _WR_BK:
+        if command == _MACAB or one_bank:
             address += issued
-        if left == 0:
-            if op == _GEMV and not reading:
-                reading, left = True, p.bursts
-            else:
-                outs -= 1
-                if op == _GEMV:
-                    reading, left = False, cols
-                    phase += 1
-                    if fold and phase == period and outs > period:
-                        phase = 0
-                        done = period * _steady(
-                            p, c, address, outs // period, period * cols, work.longest, act, counters
-                        )
-                        outs -= done
-                        address += done * cols
-                    elif phase == period:
-                        phase = 0
-                elif op == _WR_EL:
-                    left = p.n_banks
-                    address += work.pitch
-    end = v[_TIME] - 1 + max(p.drain[op], 1)
+        if left > 0:
+            continue
+        if op == _GEMV and not reading:
+            reading, left = True, p.bursts
+            continue
+        outs -= 1
+        reading, left = False, length
+        if op == _WR_EL:
+            address += work.pitch
+        phase += 1
+        if phase == period:
+            phase = 0
+            if fold and op == _GEMV and outs > period:
+                columns = period * work.cols
+                done = _steady(p, c, address, outs // period, columns, work.longest, act, counters)
+                outs -= done * period
+                address += done * columns
+    end = c.v[_TIME] - 1 + max(p.drain[op], 1)
     _rest(p, c, end, _DRAIN, act, counters)
     return end
 

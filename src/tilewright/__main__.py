@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:
-        raise
+        code = 130
     except BrokenPipeError:
         code = 141
     except Exception as error:
