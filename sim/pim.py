@@ -405,8 +405,9 @@ def _credit(m, tag, k):
                 m.activity[tag, _CHANNEL + c, j] += m.act[k, j]
     for j in range(m.tally.shape[1]):
         m.counters[tag, j] += m.tally[k, j] * channels
-    m.act[k] = 0
-    m.tally[k] = 0
+    for table in (m.act, m.tally):
+        for j in range(table.shape[1]):
+            table[k, j] = 0
 
 
 @njit(cache=True)
@@ -420,9 +421,9 @@ def _split(m, mask):
             while m.members[free]:
                 free += 1
             m.members[k], m.members[free] = inside, outside
-            m.last[free] = m.last[k]
-            m.open_row[free] = m.open_row[k]
-            m.v[free] = m.v[k]
+            for state in (m.history, m.open_row, m.v):
+                for j in range(state.shape[1]):
+                    state[free, j] = state[k, j]
 
 
 @njit(cache=True)
@@ -440,8 +441,9 @@ def _equal(m, a, b, longest):
     for j in (_REF_PRE, _REF_AT):
         if max(x[j], m.now[0]) != max(y[j], m.now[0]):
             return False
-    if (m.open_row[a] != m.open_row[b]).any():
-        return False
+    for bank in range(m.open_row.shape[1]):
+        if m.open_row[a, bank] != m.open_row[b, bank]:
+            return False
     horizon = x[_TIME] - longest
     p, q = m.history[a], m.history[b]
     for j in m.live:
