@@ -441,7 +441,7 @@ class PimSpec(Spec):
                 raise ValueError(f"{key} {size} must be at most {most} columns of {d.column_bytes} bytes")
         if Clock.from_mhz(a.clock_mhz).period_s < self.tick.period_s:
             raise ValueError(
-                f"asic.clock_mhz {float(a.clock_mhz):g} is faster than the tick of {float(self.tick_ns):g} ns"
+                f"asic.clock_mhz {float(a.clock_mhz):g} is faster than tick_ns {float(self.tick_ns):g} ns"
             )
         n = self.timing
         if max(n.values()) >= MAX_TICKS:

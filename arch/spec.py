@@ -317,7 +317,9 @@ def build(cls: type[Spec], tree: Tree, label: str) -> Spec:
 def _explain(
     cls: type[BaseModel], error: ValidationError, provenance: Mapping[str, Provenance], label: str
 ) -> str:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # A misspelled key is both unknown and missing; the first says more.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     keys = [str(k) for k in first["loc"]]
     path = ".".join(keys)
     place = next(

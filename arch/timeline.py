@@ -1,7 +1,7 @@
 """What a cycle model returns: integers only. Seconds and joules are derived outside the kernels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,8 +18,8 @@ class Timeline:
 
     `counters` int64[tags + 1, counter names] and `activity` int64[tags + 1, units, 1 + causes] are kept
     for each tag; the last row belongs to no tag. `activity[..., 0]` is busy, the rest are stalls by
-    cause: for every unit, busy plus stalls is `ticks`. A unit may stand for `unit_counts` identical ones
-    that do exactly the same; its counters are then already multiplied, its activity is that of one.
+    cause: for every unit, busy plus stalls is `ticks`.
+    `waiting` are the causes in which a unit has nothing to do, so that another one is to blame.
     """
 
     ticks: int
@@ -30,11 +30,10 @@ class Timeline:
     units: tuple[str, ...]
     causes: tuple[str, ...]
     activity: np.ndarray
-    unit_counts: tuple[int, ...] = ()
     labels: Sequence[str] = ()
     events: int = 0
     trace: np.ndarray | None = None
-    notes: Sequence[str] = field(default=())
+    waiting: tuple[str, ...] = ("wait", "idle")
 
     def __post_init__(self) -> None:
         totals = self.activity.sum(axis=(0, 2))
@@ -60,16 +59,25 @@ class Timeline:
         np.add.at(out, self.spans["tag"], self.spans["ticks"])
         return out
 
-    def bound_by(self, tag: int | None = None) -> str:
-        """What binds: the busiest unit and, where it waits more than it works, its largest stall."""
-        rows = self.activity.sum(axis=0) if tag is None else self.activity[tag]
-        unit = int(np.argmax(rows[:, 0]))
-        stalls = rows[unit, 1:]
-        if not rows[unit].any():
-            return ""
-        if not stalls.size or rows[unit, 0] >= stalls.max():
-            return f"{self.units[unit]}"
-        return f"{self.units[unit]}: {self.causes[int(np.argmax(stalls))]}"
+    def binding(self, tags: Sequence[int] | None = None) -> tuple[str, str]:
+        """What binds the run, or the given tags: a unit, and the cause that it waits for most, "" if it works more.
+
+        It is the unit that is engaged longest: busy, or held up by a cause other than those of `waiting`.
+        Both are "" where no unit was engaged.
+        """
+        rows = (self.activity if tags is None else self.activity[list(tags)]).sum(axis=0)
+        kept = [0, *(1 + i for i, cause in enumerate(self.causes) if cause not in self.waiting)]
+        engaged = rows[:, kept]
+        if not engaged.any():
+            return "", ""
+        unit = max(range(len(self.units)), key=lambda u: (engaged[u].sum(), engaged[u, 0], -u))
+        top = int(np.argmax(engaged[unit]))
+        return self.units[unit], self.causes[kept[top] - 1] if top else ""
+
+    def bound_by(self, *tags: int) -> str:
+        """`binding` in words: "asic", "channel 0: activate"."""
+        unit, cause = self.binding(tags or None)
+        return f"{unit}: {cause}" if cause else unit
 
 
 def fold_spans(tags: np.ndarray, firsts: np.ndarray, ends: np.ndarray, segment: int) -> np.ndarray:

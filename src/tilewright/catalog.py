@@ -1,44 +1,16 @@
 """What there is to choose from, and what a spec holds: `tilewright list` and `tilewright show`."""
 
-import hashlib
 import json
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from tilewright import __version__, output
 from tilewright.arch import registry
 from tilewright.arch import spec as specs
-from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.quantity import KINDS
-from tilewright.arch.system import SLUG, RooflineSpec, load_roofline, roofline_presets
-
-# ---- loading ------------------------------------------------------------------------------------------
-
-
-def load_device(name: str, sets: Sequence[str] = ()) -> specs.Spec:
-    """The spec of a target, or of a device known by its roofline, from a preset's name or a YAML path.
-
-    Raises UserError as `registry.load_spec` does.
-    """
-    slugs = [*registry.targets(), SLUG]
-    known = [n for slug in slugs for n in specs.presets(slug)]
-    if name not in known and not specs.is_path(name):
-        raise UserError(f"unknown spec {name!r}: {nearest(name, known)} (or the path of a YAML file)")
-    target = specs.apply_sets(specs.load_tree(name, slugs), sets).get("target")
-    if isinstance(target, specs.Leaf) and target.value == SLUG:
-        return load_roofline(name, sets)
-    return registry.load_spec(name, sets)
-
-
-def spec_hash(spec: specs.Spec) -> str:
-    """SHA-256 of the resolved values, names and descriptions aside: equal machines have equal hashes."""
-    values = {path: _exact(v) for path, v in spec.leaves() if path not in ("name", "description")}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _exact(value: Any) -> Any:
-    return str(value) if isinstance(value, Fraction) else value
+from tilewright.arch.system import load_roofline, roofline_presets
+from tilewright.devices import spec_hash
+from tilewright.tables import count, grid
 
 
 def plain(value: Any) -> Any:
@@ -54,7 +26,6 @@ def plain(value: Any) -> Any:
 def listing() -> list[Any]:
     """Tables of targets and presets, roofline devices, models, DRAM devices and their standards."""
     from tilewright.arch.dram import dram_presets, load_dram_preset
-    from tilewright.report import count, grid
     from tilewright.workloads.models import builtin_models, load_model
 
     presets = grid("Specs", "name", "target", "description")
@@ -79,7 +50,6 @@ def listing() -> list[Any]:
 
 def show_spec(spec: specs.Spec) -> list[Any]:
     """Tables of a spec by section with units, kinds and sources, what follows in ticks, and what is assumed."""
-    from tilewright.report import grid
 
     items: list[Any] = [f"{spec.name} ({spec.target_name}): {spec.description}", f"hash {spec_hash(spec)}"]
     table, section = None, None
@@ -156,8 +126,3 @@ def print_spec(spec: specs.Spec, form: str) -> None:
         output.show(show_spec(spec))
     else:
         print(json.dumps(spec_document(spec) if form == "json" else spec_schema(spec), indent=1))
-
-
-def is_roofline(spec: specs.Spec) -> bool:
-    """Whether the device is known by its roofline only."""
-    return isinstance(spec, RooflineSpec)

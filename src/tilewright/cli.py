@@ -80,12 +80,12 @@ def list_() -> None:
 @app.command()
 def show(spec: Spec, sets: Sets = None, json: AsJson = False, schema: Schema = False) -> None:
     """A spec with units and sources, what follows from it, and what is assumed."""
-    from tilewright import catalog
+    from tilewright import catalog, devices
 
     if json and schema:
         raise typer.BadParameter("--json and --schema exclude each other")
     form = "json" if json else "schema" if schema else "table"
-    catalog.print_spec(catalog.load_device(spec, sets or ()), form)
+    catalog.print_spec(devices.load_device(spec, sets or ()), form)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from tilewright import output, report
 from tilewright.arch import registry
 from tilewright.arch.errors import UserError
 from tilewright.arch.scenario import Scenario
-from tilewright.catalog import load_device
+from tilewright.devices import load_device
 from tilewright.run import check_mapping
 from tilewright.run import run as run_device
 from tilewright.workloads.models import load_model

@@ -2,19 +2,18 @@
 
 import csv
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import IO, Any
 
-from rich import box
 from rich.table import Table
 
 from tilewright import __version__
-from tilewright.catalog import is_roofline, spec_hash
+from tilewright.devices import is_roofline, spec_hash
 from tilewright.execute import Executed, Image, values_document
 from tilewright.output import replacing
 from tilewright.summary import Operator, Result, group, row_hit_rate
+from tilewright.tables import engineering, grid, percent, width
 
 CSV_COLUMNS = ("spec", "name", "op", "layer", "step", "start", "end", "cycles", "energy_j", "bound_by")
 
@@ -78,38 +77,6 @@ def write_document(path: str, document: Mapping[str, Any]) -> None:
 
 # ---- numbers ------------------------------------------------------------------------------------------
 
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
-
-
-def engineering(value: float | None, unit: str) -> str:
-    """Three digits and a prefix.
-
-    >>> engineering(0.00123456, "s"), engineering(0, "J"), engineering(None, "J")
-    ('1.23 ms', '0 J', '-')
-    """
-    if value is None:
-        return "-"
-    if value == 0:
-        return f"0 {unit}"
-    # Compared after rounding, so that 999.9 becomes 1.00 k and not 1e+03.
-    rounded = float(f"{value:.2e}")
-    scale, prefix = next(((s, p) for s, p in _PREFIXES if abs(rounded) >= s), (1e-12, "p"))
-    scaled = rounded / scale
-    digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
-    return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()
-
-
-def count(n: int) -> str:
-    """
-    >>> count(124439808), count(12)
-    ('124 M', '12')
-    """
-    return str(n) if n < 10**4 else engineering(n, "")
-
-
-def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f}" if whole else "-"
-
 
 def ratio(value: float, first: Result, other: Result) -> str:
     """How many times as long: a bound where one of the two times is one."""
@@ -119,35 +86,6 @@ def ratio(value: float, first: Result, other: Result) -> str:
 
 
 # ---- tables -------------------------------------------------------------------------------------------
-
-
-def width() -> int:
-    """Columns of the terminal, as COLUMNS or the terminal says; 80 in a pipe."""
-    return shutil.get_terminal_size((80, 24)).columns
-
-
-def grid(title: str, *columns: str) -> Table:
-    """A plain table; a column's name after ">" is set to the right. The last column folds into lines."""
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1),
-        collapse_padding=True,
-    )
-    for i, column in enumerate(columns):
-        last = i == len(columns) - 1
-        right = column.startswith(">")
-        table.add_column(
-            column.removeprefix(">"),
-            justify="right" if right else "left",
-            no_wrap=not last,
-            overflow="fold" if last else "ellipsis",
-        )
-    return table
 
 
 def run_tables(results: Sequence[Result]) -> list[Any]:

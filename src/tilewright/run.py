@@ -11,7 +11,7 @@ from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
 from tilewright.arch.scenario import Scenario
 from tilewright.arch.system import RooflineSpec
-from tilewright.catalog import is_roofline
+from tilewright.devices import is_roofline
 from tilewright.output import progress_bar, read_text, replacing, say
 from tilewright.summary import Result, of_timeline
 from tilewright.workloads.models import ModelConfig

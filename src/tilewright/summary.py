@@ -15,9 +15,6 @@ from tilewright.arch.scenario import Scenario, TagInfo
 from tilewright.arch.spec import Spec
 from tilewright.arch.timeline import Timeline
 
-# A unit that waits like this has nothing to do: another one binds.
-IDLE = ("idle", "wait", "arrival")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spans:
@@ -114,21 +111,12 @@ def group(unit: str) -> str:
     return f"{match[1].rstrip(' _')}s" if match else unit
 
 
-def binding(activity: NDArray[np.int64], units: Sequence[str], causes: Sequence[str]) -> str:
-    """What binds: the unit that has something to do most of the time and, where it waits more than it works,
-    for what it waits most.
-
-    `activity` int64[units, 1 + causes]; busy ticks come first. Empty when nothing happened.
-    """
-    work = [0, *(1 + i for i, c in enumerate(causes) if c not in IDLE)]
-    engaged = activity[:, work]
-    if not engaged.any():
-        return ""
-    unit = int(np.lexsort((engaged[:, 0], engaged.sum(axis=1)))[-1])
-    top = int(np.argmax(engaged[unit]))
-    several = sum(group(u) == group(units[unit]) for u in units) > 1
-    name = group(units[unit]) if several else units[unit]
-    return f"{name}: {causes[work[top] - 1]}" if top else name
+def bound_by(timeline: Timeline, tags: Sequence[int]) -> str:
+    """What binds the tags, for people: equal units go by the name of their kind."""
+    unit, cause = timeline.binding(tags)
+    if sum(group(u) == group(unit) for u in timeline.units) > 1:
+        unit = group(unit)
+    return f"{unit}: {cause}" if cause else unit
 
 
 def of_timeline(
@@ -150,7 +138,7 @@ def of_timeline(
     energy = None if rows is None else energy_by_tag(tuple(rows), timeline).sum(axis=1)
     calls = np.zeros(n, np.int64)
     np.add.at(calls, timeline.spans["tag"], timeline.spans["count"])
-    bound = [binding(a, timeline.units, timeline.causes) for a in timeline.activity]
+    bound = [bound_by(timeline, [i]) for i in range(n)]
     return {
         "cycles": timeline.ticks,
         "energy_j": None if energy is None else float(energy.sum()),
@@ -183,7 +171,7 @@ def _operators(
         joules = None if energy is None else float(energy[m].sum())
         ran = int(calls[m].sum()) if name else 0
         if ran or (not name and (cycles[m].any() or joules)):
-            bound = binding(timeline.activity[m].sum(axis=0), timeline.units, timeline.causes) if name else ""
+            bound = bound_by(timeline, m) if name else ""
             out.append(Operator(name, ran, int(cycles[m].sum()), joules, bound))
     return out
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tilewright import __version__
 from tilewright.arch import registry
-from tilewright.catalog import spec_hash
+from tilewright.devices import spec_hash
 from tilewright.output import say
 
 

@@ -36,9 +36,11 @@ def test_sums_over_tags():
     assert t.counter("n") == 6 and t.totals() == {"n": 6, "m": 9}
 
 
-def test_what_binds_is_the_busiest_unit_or_its_largest_stall():
+def test_what_binds_is_the_unit_engaged_longest_or_its_largest_stall():
+    # Over the run both are engaged in all 10 ticks, and a works more of them; for tag 0, a in 4 and b in 7.
     assert line(ACTIVITY).bound_by() == "a"
-    assert line(ACTIVITY).bound_by(0) == "a"
+    assert line(ACTIVITY).bound_by(0) == "b: full"
+    assert line(ACTIVITY).binding([0, 1]) == ("b", "full")  # 6 against 9
     swapped = [[[1, 1, 7]] * 2] + [[[0, 0, 0]] * 2] * 2
     assert line(swapped).bound_by() == "a: empty"
     assert line(swapped).bound_by(1) == ""  # nothing worked for it

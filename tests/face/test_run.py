@@ -9,8 +9,8 @@ import pytest
 from tests.face.invoke import tilewright, tiny_model
 from tilewright import report
 from tilewright.arch.clock import Clock
-from tilewright.catalog import load_device
-from tilewright.summary import Result, binding, row_hit_rate
+from tilewright.devices import load_device
+from tilewright.summary import Result, bound_by, row_hit_rate
 
 FIELDS = {
     "tilewright", "spec", "spec_hash", "model", "scenario", "cycles", "tick_s", "time_s", "tokens_per_s",
@@ -144,21 +144,27 @@ def test_roofline_steps_follow_one_another(model):
     assert {s["step"] for s in found["spans"]} == {0, 1, 2}  # the prompt is one pass
 
 
-def test_binding_names_the_engaged_unit():
+def test_equal_units_go_by_the_name_of_their_kind():
     import numpy as np
 
-    causes = ("column", "wait", "idle")
-    # busy, column, wait, idle: the sequencer waits, the channels are engaged in 90 of 100 ticks.
-    rows = np.array([[5, 0, 95, 0], [20, 60, 0, 20], [30, 60, 0, 10]])
-    units = ("sequencer", "channel 0", "channel 1")
-    assert binding(rows, units, causes) == "channels: column"
-    assert binding(rows[:2], units[:2], causes) == "channel 0: column"
-    assert binding(np.array([[5, 0, 95, 0], [60, 20, 0, 20]]), units[:2], causes) == "channel 0"
+    from tilewright.arch.timeline import SPAN, Timeline
+
+    def bound(rows, units):
+        rows = np.array(rows)
+        line = Timeline(
+            ticks=int(rows[0].sum()), tags=("t",), spans=np.zeros(0, SPAN), counter_names=(),
+            counters=np.zeros((2, 0), np.int64), units=units, causes=("column", "wait", "idle"),
+            activity=np.stack([rows, np.zeros_like(rows)]),
+        )  # fmt: skip
+        return bound_by(line, [0])
+
+    # busy, column, wait, idle: the sequencer waits, the channels are engaged in 80 and 90 of 100 ticks.
+    rows = [[5, 0, 95, 0], [20, 60, 0, 20], [30, 60, 0, 10]]
+    assert bound(rows, ("sequencer", "channel 0", "channel 1")) == "channels: column"
+    assert bound(rows[:2], ("sequencer", "channel 0")) == "channel 0: column"
+    assert bound([[5, 0, 95, 0], [60, 20, 0, 20]], ("sequencer", "channel 0")) == "channel 0"
     # The one that works most is not the one that is engaged most.
-    assert binding(np.array([[30, 0, 0, 70], [20, 60, 0, 20]]), ("asic", "channel 0"), causes) == (
-        "channel 0: column"
-    )
-    assert binding(np.zeros((1, 4), int), units[:1], causes) == ""
+    assert bound([[30, 0, 0, 70], [20, 60, 0, 20]], ("asic", "channel 0")) == "channel 0: column"
 
 
 def test_row_hit_rate_by_hand():
