@@ -33,7 +33,8 @@ _ACT, _ACTAB, _PRE, _PREAB, _RD, _WR, _MACAB, _WRGB, _RDMAC, _REFAB = range(10)
 _OPEN_TICKS, _ASIC_ADDS, _ASIC_MULS, _N_COUNTERS = 10, 11, 12, 13
 _REFRESH, _COLUMN, _DRAIN, _ARRIVAL, _WAIT, _CLOCK, _IDLE, _BUSY = 0, 5, 8, 9, 10, 11, 12, 13
 _WR_GB, _MAC_AB, _RD_MAC, _GEMV, _RD_BK, _WR_BK, _WR_EL = range(7)
-_COMMAND = (_WRGB, _MACAB, _RDMAC, _MACAB, _RD, _WR, _WR)  # of each operation, once its rows are open
+_COMMAND = (7, 6, 8, 6, 4, 5, 5)  # of each operation, once its rows are open
+assert _COMMAND == (_WRGB, _MACAB, _RDMAC, _MACAB, _RD, _WR, _WR)
 _SEQUENCER, _ASIC, _CHANNEL = 0, 1, 2  # units; the channels follow
 assert tuple(range(10)) == arch.CMD
 assert (*arch.COUNTERS, *arch.ASIC_COUNTERS)[_OPEN_TICKS:] == ("open_ticks", "asic_adds", "asic_multiplies")

@@ -74,6 +74,7 @@ class Schedule:
             units=units,
             causes=CAUSES,
             activity=activity,
+            waiting=CAUSES,  # a device that waits, however it does, has nothing to do
         )
 
 
