@@ -112,10 +112,7 @@ def map_model(
         tags=tags,
         steps=steps,
         document=layout.document,
-        notes=(
-            f"{rows}; KV cache for {layout.tokens} tokens x {layout.batch}",
-            "the KV cache must be zero where no token was written",
-        ),
+        notes=(f"{rows}; KV cache for {layout.tokens} tokens x {layout.batch}",),
         assumed=assumed,
     )
 
