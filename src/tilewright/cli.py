@@ -46,6 +46,13 @@ Waves = Annotated[str | None, Option(metavar="FILE.vcd", help="Write the RTL's w
 Subject = Annotated[str, Argument(metavar="TARGET|SPEC|REPLAY.json", help="Also a mismatch that was kept.")]
 Structures = Annotated[int | None, Option("--specs", metavar="N", help="Random specs.")]
 Programs = Annotated[int | None, Option(metavar="N", help="Random programs for each spec.")]
+Target = Annotated[str, Argument(metavar="TARGET", help="A target with published rows: pim.")]
+AsPublished = Annotated[
+    int | None, Option("--generate", help="Tokens to generate, as published unless given.")
+]
+Sensitive = Annotated[
+    bool, Option("--sensitivity/--no-sensitivity", help="Move each assumed number by 10 % either way.")
+]
 Out = Annotated[str, Option("--out", "-o", metavar="FILE.v", help="Verilog; - is stdout.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Schema = Annotated[bool, Option("--schema", help="Print the JSON Schema of spec files, for editors.")]
@@ -159,3 +166,13 @@ def rtl(spec: Spec, out: Out, sets: Sets = None) -> None:
     from tilewright import commands
 
     commands.rtl(spec, sets or (), out)
+
+
+@app.command()
+def reproduce(
+    target: Target, generate: AsPublished = None, sensitivity: Sensitive = True, json: Json = None
+) -> None:
+    """Published rows beside ours, with the error, and how much each assumed number matters."""
+    from tilewright import commands
+
+    commands.reproduce(target, generate=generate, sensitivity=sensitivity, json=json)

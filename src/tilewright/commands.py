@@ -1,6 +1,7 @@
 """What the commands do, in order: check every argument, work, then write."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tilewright import output, report
 from tilewright.arch import registry
@@ -115,3 +116,20 @@ def verify(
     if json != output.STDOUT:
         output.show([*notes, found.text()])
     return 0 if found.passed else 1
+
+
+def reproduce(slug: str, *, generate: int | None, sensitivity: bool, json: str | None) -> None:
+    """`tilewright reproduce`."""
+    from tilewright import reproduce as reproducing
+    from tilewright.reproduce import report as reports
+
+    output.check_outputs(json)
+    with output.progress_bar("models") as progress:
+        found = reproducing.reproduce(slug, generate, progress)
+    if sensitivity:
+        with output.progress_bar("assumed numbers") as progress:
+            found = replace(found, sensitivity=reproducing.sensitivity(slug, generate, progress))
+    if json is not None:
+        report.write_document(json, reports.document(found))
+    if json != output.STDOUT:
+        output.show(reports.tables(found))
