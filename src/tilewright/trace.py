@@ -2,12 +2,13 @@
 
 One process for the machine: its operators, instructions and units; one for each memory channel: its commands
 and the rows that are open in each bank. `ts` and `dur` are microseconds of the machine's time, as the format
-wants; viewers may round them to nanoseconds, so each span has its ticks among its arguments.
+wants; viewers cut them to whole nanoseconds, so each span has its ticks among its arguments.
 Format: "Trace Event Format", Chromium project; complete events ("X"), spans of a thread nest.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf, nextafter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,10 +118,20 @@ def _process(pid: int, name: str, tracks: Tracks, clock: Clock) -> Iterator[Even
                 "cat": track.partition(" ")[0],
                 "pid": pid,
                 "tid": tid,
-                "ts": s.first * a / b,
-                "dur": (s.end - s.first) * a / b,
+                "ts": _microseconds(s.first, a, b),
+                "dur": _microseconds(s.end - s.first, a, b),
                 "args": {"tick": s.first, "ticks": s.end - s.first, **s.args},
             }
+
+
+def _microseconds(ticks: int, a: int, b: int) -> float:
+    """`ticks` * a / b, such that 1000 times it, cut off, is the whole nanoseconds.
+
+    That is how Perfetto reads it (trace_processor, json_utils.cc: CoerceToTs); one nanosecond less, and a span
+    would overlap the one before and be dropped.
+    """
+    value = ticks * a / b
+    return value if int(value * 1000.0) >= 1000 * ticks * a // b else nextafter(value, inf)
 
 
 def _name(kind: str, pid: int, tid: int, name: str) -> Event:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter, defaultdict
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -70,6 +71,9 @@ def read(text):
         assert first + ticks <= document["otherData"]["ticks"]
         tracks[key].spans.append(e)
     for track in tracks.values():
+        in_perfetto = [(int(e["ts"] * 1000.0), int(e["dur"] * 1000.0)) for e in track.spans]
+        for (ts, dur), (following, _) in pairwise(in_perfetto):
+            assert ts + dur <= following, f"{track.name}: overlap once cut to nanoseconds"
         open_until = []
         last = 0
         for e in track.spans:
@@ -331,6 +335,15 @@ def test_units_show_what_they_execute_alone():
 def test_commands_that_overlap_are_an_error():
     with pytest.raises(AssertionError, match="overlaps"):
         drawn(machine(commands=[(5, 0, 2, 0, 1), (5, 0, 2, 1, 1)]))
+
+
+def test_nanoseconds_come_out_whole():
+    """Perfetto cuts 1000 * ts to an integer: without care, 1.001 us, for one, would read as 1000 ns."""
+    assert int(1.001 * 1000.0) == 1000
+    timeline = machine([(0, t, t + 2) for t in range(0, 20_000, 2)], ticks=20_000)
+    spans = trace.events("m", timeline, FORM, Clock(Fraction(1, 2 * 10**9)), 10_000)
+    read_as = [(int(e["ts"] * 1000.0), int(e["dur"] * 1000.0)) for e in spans if e["ph"] == "X"]
+    assert read_as == [(ns, 1) for ns in range(10_000)]
 
 
 def test_a_third_of_a_nanosecond_stays_exact():
