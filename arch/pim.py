@@ -22,6 +22,7 @@ from tilewright.arch.energy import EnergyRow
 from tilewright.arch.hostmap import HostMap, Region
 from tilewright.arch.isa import Field, InstructionSet, Op, Record
 from tilewright.arch.spec import NonNegative, Positive, Section, Spec
+from tilewright.arch.trace import TraceForm
 
 # ---- commands and constraints beside GDDR6's own ------------------------------------------------------
 
@@ -590,9 +591,16 @@ def status_names(p: PimParams) -> list[str]:
     return names + [f"acc {c}.{b}" for c in range(p.channels) for b in range(p.n_banks)]
 
 
-def hostmap(p: PimParams, depth: int) -> HostMap:
-    """Regions of the host port for a code memory of `depth` instructions; the DRAM arrays are not among them."""
+TRACE_FIELDS = {"tick": 32, "code": 8, "bank": 8, "row": 16}  # bits of a command in the RTL's command log
+
+
+def hostmap(p: PimParams, depth: int, trace_depth: int = 0) -> HostMap:
+    """Regions of the host port for a code memory of `depth` instructions; the DRAM arrays are not among them.
+
+    `trace_depth` is the number of DRAM commands that the RTL logs of each channel.
+    """
     column = 16 * p.lanes
+    traces = range(p.channels) if trace_depth else ()
     return HostMap(
         [
             Region("registers", len(registers(p))),
@@ -601,7 +609,42 @@ def hostmap(p: PimParams, depth: int) -> HostMap:
             Region("log", depth, 64),
             Region("sram", p.sram_columns, column),
             *(Region(f"gb_{c}", p.gb_columns, column) for c in range(p.channels)),
+            *(Region(f"trace_{c}", trace_depth, sum(TRACE_FIELDS.values())) for c in traces),
         ]
+    )
+
+
+# ---- traces -------------------------------------------------------------------------------------------
+
+_COMMANDS = tuple(GDDR6_PIM.command(name) for name in _ALL)
+_NAMES_BANK = np.array([c.scope is Scope.BANK for c in _COMMANDS])
+_NAMES_ROW = np.array(
+    [c.needs in (Needs.OPEN, Needs.ALL_OPEN) or c.effect in (Effect.OPEN, Effect.OPEN_ALL) for c in _COMMANDS]
+)
+
+
+def addressed(trace: np.ndarray) -> np.ndarray:
+    """DRAM commands int64[n, 5] (tick, channel, command, bank, row) with -1 for what a command does not name."""
+    out = trace.copy()
+    out[~_NAMES_BANK[trace[:, 2]], 3] = -1
+    out[~_NAMES_ROW[trace[:, 2]], 4] = -1
+    return out
+
+
+def trace_form(spec: "PimSpec") -> TraceForm:
+    """How a trace of this machine is drawn."""
+    p = spec.params()
+    holds = [1] * len(_ALL)
+    holds[CMD.REFAB] = spec.timing["n_rfc"]
+    return TraceForm(
+        operations=tuple(op.name for op in OPS),
+        executes=tuple("" if i < N_CHANNEL_OPS else "asic" for i in range(len(OPS))),
+        commands=_ALL,
+        opens=frozenset((CMD.ACT, CMD.ACTAB)),
+        closes=frozenset((CMD.PRE, CMD.PREAB)),
+        cadence=tuple(int(n) for n in p.cadence),
+        holds=tuple(holds),
+        banks=p.n_banks,
     )
 
 

@@ -19,6 +19,8 @@ class Timeline:
     `counters` int64[tags + 1, counter names] and `activity` int64[tags + 1, units, 1 + causes] are kept
     for each tag; the last row belongs to no tag. `activity[..., 0]` is busy, the rest are stalls by
     cause: for every unit, busy plus stalls is `ticks`.
+    `trace` int64[n, 5] are memory commands: tick, channel, command, bank (-1: all, or none), row (-1: none),
+    by channel and then tick. `log` are instructions, rows of `arch.trace.LOG`. Both only where asked for.
     `waiting` are the causes in which a unit has nothing to do, so that another one is to blame.
     """
 
@@ -33,6 +35,7 @@ class Timeline:
     labels: Sequence[str] = ()
     events: int = 0
     trace: np.ndarray | None = None
+    log: np.ndarray | None = None
     waiting: tuple[str, ...] = ("wait", "idle")
 
     def __post_init__(self) -> None:

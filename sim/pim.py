@@ -25,6 +25,7 @@ from tilewright.arch import pim as arch
 from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
+from tilewright.arch.trace import LOG
 from tilewright.sim.cache import CALLED, INNER
 from tilewright.sim.dram import DramState, charge, new_state, record
 
@@ -464,8 +465,11 @@ def _merge(m, longest):
 
 
 @njit(cache=True)
-def _run(p, code, m, firsts, ends, fold):
-    """Execute a segment's instructions; `firsts`, `ends` int64[n] take each one's first tick and end."""
+def _run(p, code, m, log, fold):
+    """Execute a segment's instructions; `log` int64[n, 4] takes each one's first, start, complete, end.
+
+    The ticks are those of `arch.trace.LOG`.
+    """
     P, Q = p.asic_p, p.asic_q
     longest = p.dram.row_latency.max()
     for n in range(len(code)):
@@ -508,7 +512,7 @@ def _run(p, code, m, firsts, ends, fold):
         sequencer[_WAIT] += complete - dispatch - 1
         sequencer[_CLOCK] += fetch - now + load - fetch - 1 + dispatch - arrived + retire - complete
         asic[_IDLE] += retire + 1 - now
-        firsts[n], ends[n] = now, retire + 1
+        log[n, 0], log[n, 1], log[n, 2], log[n, 3] = now, dispatch + 1, complete, retire + 1
         m.now[0] = retire + 1
         classes = 0
         for k in range(len(m.members)):
@@ -547,7 +551,6 @@ def _finish(p, m):
             if t == v[_REF_PRE] or t == v[_REF_AT]:
                 m.act[k, _BUSY] -= 1
                 m.tally[k, _PREAB if t == v[_REF_PRE] else _REFAB] -= 1
-                v[_TRACED] -= 1 if v[_TRACED] > 0 else 0
             else:
                 m.act[k, _REFRESH] -= 1
         if v[_REF_PRE] >= end:
@@ -610,13 +613,14 @@ def simulate(
     """Run a program on the cycle model.
 
     `fold` takes row bursts and channels that do the same in one step; the integers are the same without.
-    `trace` keeps that many DRAM commands of each channel (and folds nothing). `steps` is what `progress`
-    counts up to. No timing of this machine depends on data: `decisions` is ignored.
+    `trace` keeps that many DRAM commands of each channel, and as many instructions; nothing is folded before
+    they are complete. `steps` is what `progress` counts up to. No timing of this machine depends on data: `decisions` is ignored.
     Raises ValueError for an instruction outside the machine, naming segment and index.
     """
     tags = list(program.tags)
-    fold = fold and trace == 0
-    m = _new_machine(p, len(tags), fold, trace)
+    m = _new_machine(p, len(tags), fold and trace == 0, trace)
+    logs: list[np.ndarray] = []
+    logged = 0
     spans: list[np.ndarray] = []
     labels: list[str] = []
     for number, segment in enumerate(program.segments):
@@ -626,11 +630,14 @@ def simulate(
         if highest > len(m.counters) - 1:
             m = _grown(m, highest)
             tags += [f"tag {i}" for i in range(len(tags), highest)]
-        firsts, ends = np.zeros(len(code), np.int64), np.zeros(len(code), np.int64)
+        ticks = np.zeros((len(code), 4), np.int64)
         total: np.ndarray | None = None
         for _ in range(segment.repeat):
-            _run(p, code, m, firsts, ends, fold)
-            rows = fold_spans(code["tag"], firsts, ends, number)
+            _run(p, code, m, ticks, fold and bool((m.v[:, _TRACED] == trace).all()))
+            rows = fold_spans(code["tag"], ticks[:, 0], ticks[:, 3], number)
+            if logged < trace:
+                logs.append(_log(code, ticks, number)[: trace - logged])
+                logged += len(logs[-1])
             if total is None:
                 total = rows
             else:
@@ -641,9 +648,9 @@ def simulate(
         labels.append(segment.label)
         if progress:
             progress(number + 1, steps)
-    ticks = int(_finish(p, m))
+    end = int(_finish(p, m))
     return Timeline(
-        ticks=ticks,
+        ticks=end,
         tags=tags,
         spans=np.concatenate(spans) if spans else np.zeros(0, SPAN),
         counter_names=(*arch.COUNTERS, *arch.ASIC_COUNTERS),
@@ -653,14 +660,26 @@ def simulate(
         activity=np.roll(m.activity, 1, axis=2),  # inside, a unit's busy ticks stand behind its stalls
         labels=labels,
         events=int(m.counters[:, :_OPEN_TICKS].sum()),
-        trace=_traces(m) if trace else None,
+        trace=_traces(m, end) if trace else None,
+        log=np.concatenate([np.zeros(0, LOG), *logs]) if trace else None,
     )
 
 
-def _traces(m: Machine) -> np.ndarray:
-    """DRAM commands int64[n, 5]: tick, channel, command, bank, row, by channel and then tick."""
+def _log(code: np.ndarray, ticks: np.ndarray, segment: int) -> np.ndarray:
+    """Rows of LOG from a segment's instructions and their ticks."""
+    out = np.zeros(len(code), LOG)
+    out["segment"], out["index"] = segment, np.arange(len(code))
+    out["tag"], out["op"] = code["tag"], code["op"]
+    for k, name in enumerate(("first", "start", "complete", "end")):
+        out[name] = ticks[:, k]
+    return out
+
+
+def _traces(m: Machine, end: int) -> np.ndarray:
+    """DRAM commands of all channels before tick `end`, as Timeline.trace has them."""
     kept = [np.insert(m.trace[c, : m.v[c, _TRACED]], 1, c, axis=1) for c in range(len(m.members))]
-    return np.concatenate(kept)
+    rows = np.concatenate(kept)
+    return arch.addressed(rows[rows[:, 0] < end])
 
 
 _PROBLEMS = (

@@ -12,6 +12,11 @@ def accumulator_format(spec: PimSpec) -> formats.FloatFormat:
     return {"fp32": formats.FP32, "bf16": formats.BF16, "fp16": formats.FP16}[spec.pim.accumulator]
 
 
-def top(spec: PimSpec, params: PimParams | None = None, depth: int = CODE_DEPTH) -> ChannelTop:
+def top(
+    spec: PimSpec, params: PimParams | None = None, depth: int = CODE_DEPTH, trace_depth: int = 0
+) -> ChannelTop:
     """The machine that the spec describes."""
-    return ChannelTop(params=params or spec.params(), depth=depth, accumulator=accumulator_format(spec))
+    accumulator = accumulator_format(spec)
+    return ChannelTop(
+        params=params or spec.params(), depth=depth, accumulator=accumulator, trace_depth=trace_depth
+    )

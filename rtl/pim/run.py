@@ -1,7 +1,7 @@
 """Run programs on the RTL under Verilator, and bring back what the cycle model also says."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +35,14 @@ class Outcome:
     error: str | None = None
 
 
-def build_rtl(spec: arch.PimSpec, *, depth: int = pim.CODE_DEPTH, waves: bool = False) -> Build:
-    """The simulator for the structure of `spec`: built once for all timings, cached by content."""
-    verilog = to_verilog(pim.top(spec, depth=depth))
+def build_rtl(
+    spec: arch.PimSpec, *, depth: int = pim.CODE_DEPTH, trace_depth: int = 0, waves: bool = False
+) -> Build:
+    """The simulator for the structure of `spec`: built once for all timings, cached by content.
+
+    `trace_depth` is the number of DRAM commands that it logs of each channel.
+    """
+    verilog = to_verilog(pim.top(spec, depth=depth, trace_depth=trace_depth))
     return build(verilog, top="top", extra_sources=[MODEL], waves=waves)
 
 
@@ -52,17 +57,19 @@ def run_cases(
     cases: Sequence[Case],
     *,
     depth: int = pim.CODE_DEPTH,
+    trace_depth: int = 0,
     waves: Path | None = None,
     slack: int = 0,
 ) -> list[Outcome]:
     """Run cases of one structure, each from its own image, in one simulator process.
 
-    `slack` is added to the ticks after which a run counts as hung. Raises ValueError for a program longer
+    `depth` and `trace_depth` are those of the build; a Timeline has a trace if it has logs. `slack` is added
+    to the ticks after which a run counts as hung. Raises ValueError for a program longer
     than `depth` or with instructions that no unit of this RTL executes.
     """
-    jobs = [_job(case, depth, 200_000 + slack) for case in cases]
+    jobs = [_job(case, depth, trace_depth, 200_000 + slack) for case in cases]
     return [
-        _outcome(case, depth, result)
+        _outcome(case, depth, trace_depth, result)
         for case, result in zip(cases, run(simulator, jobs, waves=waves), strict=True)
     ]
 
@@ -84,7 +91,7 @@ def _words(elements: np.ndarray, lanes: int) -> list[int]:
     return [int.from_bytes(row.tobytes(), "little") for row in _columns(elements, lanes)]
 
 
-def _job(case: Case, depth: int, max_ticks: int) -> Job:
+def _job(case: Case, depth: int, trace_depth: int, max_ticks: int) -> Job:
     p = case.params
     code = flatten(case.program)
     if len(code) > depth:
@@ -92,7 +99,7 @@ def _job(case: Case, depth: int, max_ticks: int) -> Job:
     if (code["op"] >= arch.N_CHANNEL_OPS).any():
         op = arch.OPS[int(code["op"][code["op"] >= arch.N_CHANNEL_OPS][0])].name
         raise ValueError(f"{op} is an operation of the ASIC, whose arithmetic this RTL does not have yet")
-    layout = arch.hostmap(p, depth)
+    layout = arch.hostmap(p, depth, trace_depth)
     encoded = [
         int.from_bytes(w.astype("<u4").tobytes(), "little") for w in arch.ISA.record("code").encode(code)
     ]
@@ -102,7 +109,8 @@ def _job(case: Case, depth: int, max_ticks: int) -> Job:
         (layout.base("code"), layout.pack("code", encoded)),
         (layout.base("sram"), layout.pack("sram", _words(case.image["sram"], p.lanes))),
     ]
-    reads = [(layout.base(name), layout[name].words) for name in ("status", "log", "sram")]
+    logs = [f"trace_{c}" for c in range(p.channels)] if trace_depth else []
+    reads = [(layout.base(name), layout[name].words) for name in ("status", "log", "sram", *logs)]
     for c in range(p.channels):
         name = f"gb_{c}"
         writes.append((layout.base(name), layout.pack(name, _words(case.image["gb"][c], p.lanes))))
@@ -117,12 +125,13 @@ def _elements(values: np.ndarray, lanes: int) -> np.ndarray:
     return np.frombuffer(raw, "<u2").astype(np.uint16)
 
 
-def _outcome(case: Case, depth: int, result) -> Outcome:
+def _outcome(case: Case, depth: int, trace_depth: int, result) -> Outcome:
     if result.error:
         return Outcome(None, {}, result.error)
     p = case.params
-    layout = arch.hostmap(p, depth)
-    status_words, log_words, sram_words, *gb_words = result.reads
+    layout = arch.hostmap(p, depth, trace_depth)
+    status_words, log_words, sram_words, *rest = result.reads
+    trace_words, gb_words = rest[: -p.channels], rest[-p.channels :]
     status = dict(zip(arch.status_names(p), layout.unpack("status", status_words), strict=True))
     code = flatten(case.program)
     log = layout.unpack("log", log_words)[: len(code)]
@@ -138,7 +147,27 @@ def _outcome(case: Case, depth: int, result) -> Outcome:
         "gb": np.stack([_elements(layout.unpack(f"gb_{c}", w), p.lanes) for c, w in enumerate(gb_words)]),
         "acc": np.array(acc, np.uint32),
     }
-    return Outcome(_timeline(case, status, code["tag"], firsts, ends), image)
+    timeline = _timeline(case, status, code["tag"], firsts, ends)
+    if trace_depth:
+        logs = [layout.unpack(f"trace_{c}", words) for c, words in enumerate(trace_words)]
+        timeline = replace(timeline, trace=_trace(p, status, logs))
+    return Outcome(timeline, image)
+
+
+def _trace(p: arch.PimParams, status: Mapping[str, int], logs: Sequence[np.ndarray]) -> np.ndarray:
+    """The logs of the channels as Timeline.trace has it."""
+    channels = []
+    for c, log in enumerate(logs):
+        commands = arch.COUNTERS[: p.dram.n_commands]
+        used = log[: sum(int(status[f"channel {c}.{name}"]) for name in commands)]
+        rows = np.zeros((len(used), 5), np.int64)
+        rows[:, 1] = c
+        shift = 0
+        for column, bits in zip((0, 2, 3, 4), arch.TRACE_FIELDS.values(), strict=True):
+            rows[:, column] = (used >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
+            shift += bits
+        channels.append(rows)
+    return arch.addressed(np.concatenate(channels))
 
 
 def _timeline(

@@ -1,12 +1,12 @@
 """The channels behind a host port."""
 
-from amaranth.hdl import Assert, Cat, Module, Mux, Signal
+from amaranth.hdl import Assert, C, Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Out, connect, flipped
 
 from tilewright.arch import formats
-from tilewright.arch.pim import CAUSES, ISA, PimParams, hostmap, registers
+from tilewright.arch.pim import CAUSES, ISA, TRACE_FIELDS, PimParams, hostmap, registers
 from tilewright.rtl.host import HostDecoder, HostPort
 from tilewright.rtl.layouts import layout_of
 from tilewright.rtl.lib.memory import BlackBoxMemory
@@ -28,6 +28,8 @@ class ChannelTop(wiring.Component):
     depth : int
         Instructions that the code memory holds.
     accumulator : FloatFormat
+    trace_depth : int
+        The first DRAM commands of a run that are logged for each channel, for verification; 0: no logs.
 
     Members
     -------
@@ -36,14 +38,17 @@ class ChannelTop(wiring.Component):
     ==== === ======== ==================================================
     """
 
-    def __init__(self, *, params: PimParams, depth: int, accumulator: formats.FloatFormat):
+    def __init__(
+        self, *, params: PimParams, depth: int, accumulator: formats.FloatFormat, trace_depth: int = 0
+    ):
         self._params, self._depth, self._format = params, depth, accumulator
+        self._trace_depth = trace_depth
         super().__init__({"host": Out(HostPort)})
 
     def elaborate(self, platform):
         m = Module()
         p = self._params
-        layout = hostmap(p, self._depth)
+        layout = hostmap(p, self._depth, self._trace_depth)
         m.submodules.decoder = decoder = HostDecoder(layout)
         connect(m, flipped(self.host), decoder.host)
         register = dict(zip(registers(p), decoder.registers, strict=True))
@@ -103,10 +108,30 @@ class ChannelTop(wiring.Component):
                 port.rdata.eq(channel.gb_rdata),
             ]
             channels.append(channel)
+            if self._trace_depth:
+                self._trace(m, c, getattr(decoder, f"trace_{c}"), sequencer, channel.bus, decoder.start)
 
         self._sram(m, decoder.sram, sequencer.run, channels)
         self._count(m, decoder.status, sequencer, channels, decoder.start)
         return m
+
+    def _trace(self, m, index, port, sequencer, bus, clear):
+        """A log of the channel's first commands: tick, code, bank and row as they stand on its bus."""
+        m.submodules[f"trace_{index}"] = log = Memory(shape=len(port.rdata), depth=self._trace_depth, init=[])
+        read, write = log.read_port(), log.write_port()
+        count = Signal(range(self._trace_depth + 1), name=f"trace_{index}_count")
+        with m.If(clear):
+            m.d.sync += count.eq(0)
+        with m.Elif(write.en):
+            m.d.sync += count.eq(count + 1)
+        values = {"tick": sequencer.tick, "code": bus.code, "bank": bus.bank, "row": bus.row}
+        m.d.comb += [
+            read.addr.eq(port.addr),
+            port.rdata.eq(read.data),
+            write.addr.eq(count),
+            write.data.eq(Cat(Cat(values[name], C(0, bits))[:bits] for name, bits in TRACE_FIELDS.items())),
+            write.en.eq(bus.valid & (count < self._trace_depth)),
+        ]
 
     def _sram(self, m, port, run, channels):
         """One read and one write port for each channel; the host uses the first channel's, outside runs."""

@@ -42,6 +42,8 @@ Engine = Annotated[Literal["sim", "rtl"], Option(help="Cycle model, or RTL under
 Image = Annotated[str | None, Option(metavar="FILE.npz", help="Memory to start from; the rest is zero.")]
 Dump = Annotated[str | None, Option(metavar="FILE.npz", help="Write the memory that the program leaves.")]
 Values = Annotated[bool, Option("--values", help="Compute values too; with the RTL, compare everything.")]
+Trace = Annotated[str | None, Option(metavar=_FILE, help="Write a trace for Perfetto; - is stdout.")]
+TraceLimit = Annotated[int, Option(metavar="N", help="Commands of each channel in the trace.")]
 Waves = Annotated[str | None, Option(metavar="FILE.vcd", help="Write the RTL's waveforms.")]
 Subject = Annotated[str, Argument(metavar="TARGET|SPEC|REPLAY.json", help="Also a mismatch that was kept.")]
 Structures = Annotated[int | None, Option("--specs", metavar="N", help="Random specs.")]
@@ -108,6 +110,8 @@ def run(
     csv: Csv = None,
     mapping: Mapping = None,
     mapping_out: MappingOut = None,
+    trace: Trace = None,
+    trace_limit: TraceLimit = 100_000,
     spans: Spans = "operator",
     fold: Fold = True,
     lm_head: LmHead = True,
@@ -120,8 +124,11 @@ def run(
 
     counts = {"context": context, "prompt": prompt, "generate": generate, "batch": batch, "seed": seed}
     scenario = Scenario(**counts, lm_head=lm_head, embedding=embedding)
-    files = {"json": json, "csv": csv, "mapping": mapping, "mapping_out": mapping_out}
-    commands.run(spec, sets or (), model, scenario, **files, by_step=spans == "step", fold=fold)
+    files = {"json": json, "csv": csv, "mapping": mapping, "mapping_out": mapping_out, "trace": trace}
+    by_step = spans == "step"
+    commands.run(
+        spec, sets or (), model, scenario, trace_limit=trace_limit, by_step=by_step, fold=fold, **files
+    )
 
 
 @app.command("exec")
@@ -134,13 +141,17 @@ def exec_(
     dump: Dump = None,
     values: Values = False,
     waves: Waves = None,
+    trace: Trace = None,
+    trace_limit: TraceLimit = 100_000,
     json: Json = None,
 ) -> int:
     """Run an assembler program; exit code 1 if RTL and model differ."""
     from tilewright import commands
 
-    files = {"image": image, "dump": dump, "waves": waves, "json": json}
-    return commands.execute(spec, sets or (), program, engine=engine, values=values, **files)
+    files = {"image": image, "dump": dump, "waves": waves, "trace": trace, "json": json}
+    return commands.execute(
+        spec, sets or (), program, engine=engine, values=values, trace_limit=trace_limit, **files
+    )
 
 
 @app.command()

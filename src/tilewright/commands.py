@@ -8,8 +8,9 @@ from tilewright.arch import registry
 from tilewright.arch.errors import UserError
 from tilewright.arch.scenario import Scenario
 from tilewright.devices import load_device
-from tilewright.run import check_mapping
+from tilewright.run import check_mapping, check_one_mapped
 from tilewright.run import run as run_device
+from tilewright.trace import check_limit
 from tilewright.workloads.models import load_model
 
 
@@ -23,25 +24,29 @@ def run(
     csv: str | None,
     mapping: str | None,
     mapping_out: str | None,
+    trace: str | None,
+    trace_limit: int,
     by_step: bool,
     fold: bool,
 ) -> None:
     """`tilewright run`."""
-    output.check_outputs(json, csv, mapping_out)
+    output.check_outputs(json, csv, mapping_out, trace)
+    check_limit(trace_limit)
     devices = [load_device(name, sets) for name in names]
     check_mapping(devices, mapping, mapping_out)
+    check_one_mapped(devices, "--trace needs", trace)
     model = load_model(model_name)
     results = []
     for device in devices:
         results.append(
-            run_device(device, model, scenario, mapping=mapping, mapping_out=mapping_out, by_step=by_step,
-                       fold=fold)
+            run_device(device, model, scenario, mapping=mapping, mapping_out=mapping_out, trace=trace,
+                       trace_limit=trace_limit, by_step=by_step, fold=fold)
         )  # fmt: skip
     if json is not None:
         report.write_json(json, results)
     if csv is not None:
         report.write_csv(csv, results)
-    if output.STDOUT not in (json, csv, mapping_out):
+    if output.STDOUT not in (json, csv, mapping_out, trace):
         output.show(report.run_tables(results))
 
 
@@ -55,6 +60,8 @@ def execute(
     dump: str | None,
     values: bool,
     waves: str | None,
+    trace: str | None,
+    trace_limit: int,
     json: str | None,
 ) -> int:
     """`tilewright exec`. Returns 1 if the RTL was compared and differs, else 0."""
@@ -62,18 +69,22 @@ def execute(
 
     if waves is not None and engine != "rtl":
         raise UserError("--waves needs --engine rtl: the cycle model has no signals")
-    output.check_outputs(json, dump, waves)
+    if trace is not None and engine != "sim":
+        raise UserError("--trace needs --engine sim: it draws the cycle model; of the RTL there is --waves")
+    output.check_outputs(json, dump, waves, trace)
+    check_limit(trace_limit)
     spec = registry.load_spec(name, sets)
     compare = values and engine == "rtl"
     done = executing.execute(
-        spec, program, engine=engine, image=image, values=values or dump is not None, waves=waves
-    )
+        spec, program, engine=engine, image=image, values=values or dump is not None, waves=waves,
+        trace=trace, trace_limit=trace_limit,
+    )  # fmt: skip
     differences = done.differences if compare else None
     if dump is not None and done.after is not None:
         executing.save_image(dump, done.after)
     if json is not None:
         report.write_json(json, [done.result], report.executed_document(done, program, engine, differences))
-    if output.STDOUT not in (json, dump):
+    if output.STDOUT not in (json, dump, trace):
         output.show(report.executed_tables(done, program, engine, differences))
     return 1 if differences else 0
 

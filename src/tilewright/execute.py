@@ -20,6 +20,8 @@ from tilewright.arch.timeline import Timeline
 from tilewright.output import read_text, replacing, say
 from tilewright.run import cycle_model
 from tilewright.summary import Result, of_timeline
+from tilewright.trace import LIMIT
+from tilewright.trace import write as write_trace
 
 Image = Mapping[str, NDArray[Any]]
 IMAGE_LIMIT = 1 << 30  # bytes of a memory image that are allocated
@@ -56,19 +58,25 @@ def execute(
     image: str | None = None,
     values: bool = False,
     waves: str | None = None,
+    trace: str | None = None,
+    trace_limit: int = LIMIT,
 ) -> Executed:
     """Run the program of file `path` on the cycle model ("sim") or on the RTL ("rtl").
 
     `image` is an .npz file with the memory to start from; what it leaves out is zero. With `values` the
-    interpreter runs too; the RTL is then compared with it, and with the cycle model. Raises UserError.
+    interpreter runs too; the RTL is then compared with it, and with the cycle model. `trace` is a file for a
+    trace of the cycle model, of at most `trace_limit` commands of each channel. Raises UserError.
     """
     slug, params = spec.target_name, spec.params()
     program = assemble(spec, path)
     before = load_image(spec, image) if values or image is not None or engine == "rtl" else None
     try:
-        timeline: Timeline = cycle_model(slug)(params, program)
+        kept = 0 if trace is None else trace_limit
+        timeline: Timeline = cycle_model(slug)(params, program, trace=kept)
         after = interpret(spec, program, before) if values and before is not None else None
         if engine == "sim":
+            if trace is not None:
+                write_trace(trace, spec, timeline, trace_limit)
             rows = registry.room("arch", slug).energy(spec)
             return Executed(_result(spec, timeline, rows), before, after, None)
         assert before is not None

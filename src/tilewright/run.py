@@ -14,6 +14,8 @@ from tilewright.arch.system import RooflineSpec
 from tilewright.devices import is_roofline
 from tilewright.output import progress_bar, read_text, replacing, say
 from tilewright.summary import Result, of_timeline
+from tilewright.trace import LIMIT
+from tilewright.trace import write as write_trace
 from tilewright.workloads.models import ModelConfig
 
 
@@ -24,12 +26,15 @@ def run(
     *,
     mapping: str | None = None,
     mapping_out: str | None = None,
+    trace: str | None = None,
+    trace_limit: int = LIMIT,
     by_step: bool = False,
     fold: bool = True,
 ) -> Result:
     """The model on the device: a target's cycle model, or a roofline.
 
-    `mapping` and `mapping_out` are files to read the mapping from and to write it to; `by_step` keeps a span
+    `mapping` and `mapping_out` are files to read the mapping from and to write it to; `trace` is a file for a
+    trace of at most `trace_limit` commands of each channel, where the device is a target; `by_step` keeps a span
     for each step; without `fold` every event is simulated (the integers are the same). Raises UserError for
     what does not fit or is not supported.
     """
@@ -46,7 +51,12 @@ def run(
     params = spec.params()
     simulate = cycle_model(slug)
     with progress_bar(f"{spec.name}: steps") as progress:
-        timeline = simulate(params, mapped.program, fold=fold, progress=progress, steps=mapped.steps)
+        kept = 0 if trace is None else trace_limit
+        timeline = simulate(
+            params, mapped.program, fold=fold, progress=progress, steps=mapped.steps, trace=kept
+        )
+    if trace is not None:
+        write_trace(trace, spec, timeline, trace_limit)
     return Result(
         spec=spec,
         model=model.name,
@@ -73,9 +83,14 @@ def cycle_model(slug: str) -> Any:
 
 def check_mapping(devices: Sequence[specs.Spec], *paths: str | None) -> None:
     """Raises UserError for a mapping file where not exactly one device is mapped."""
+    check_one_mapped(devices, "--mapping and --mapping-out need", *paths)
+
+
+def check_one_mapped(devices: Sequence[specs.Spec], what: str, *paths: str | None) -> None:
+    """Raises UserError, which begins with `what`, for a file where not exactly one device is mapped."""
     mapped = sum(not is_roofline(d) for d in devices)
     if any(p is not None for p in paths) and mapped != 1:
-        raise UserError(f"--mapping and --mapping-out need exactly one mapped spec, not {mapped}")
+        raise UserError(f"{what} exactly one mapped spec, not {mapped}")
 
 
 def read_mapping(path: str) -> dict[str, Any]:

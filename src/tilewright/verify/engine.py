@@ -103,8 +103,11 @@ class Plan(Protocol):
         self, build: Any, cases: Sequence[tuple[spec_files.Spec, Program, Image]], waves: Path | None
     ) -> Sequence[Outcome]: ...
 
-    def referee(self, observed: Observed) -> str | None:
-        """What an independent judge objects to in the model's trace."""
+    def referee(self, spec: spec_files.Spec, timeline: Timeline) -> str | None:
+        """What an independent judge objects to in a trace, of the model or of the RTL."""
+
+    def commands(self, spec: spec_files.Spec, model: Timeline, rtl: Timeline) -> str | None:
+        """The first difference between the traces of RTL and model."""
 
     def count(self, observed: Observed) -> Counter[str]:
         """What the case exercised, by the names of COVERAGE and others."""
@@ -276,9 +279,13 @@ class _Session:
                 break  # the simulator stopped there: the cases behind it did not run
             assert outcome.timeline is not None
             self.ticks += outcome.timeline.ticks
-            difference = compare(o, outcome)
+            timelines = o.timeline, outcome.timeline
+            difference = compare(o, outcome) or plan.commands(o.case.spec, *timelines)
             if difference:
                 self._mismatch(structure, i, o.case, difference)
+            objection = plan.referee(o.case.spec, outcome.timeline)
+            if objection:
+                self._mismatch(structure, i, o.case, f"referee on the RTL: {objection}")
 
     def _observe(self, structure: Structure, i: int, case: Case) -> Observed:
         plan = self.plan
@@ -288,7 +295,7 @@ class _Session:
         timeline = plan.simulate(case.spec, steps, fold=False, trace=True)
         after = plan.interpret(case.spec, program, before)
         observed = Observed(case, program, steps, timeline, before, after)
-        objection = plan.referee(observed)
+        objection = plan.referee(case.spec, timeline)
         if objection:
             self._mismatch(structure, i, case, f"referee: {objection}")
         folded = plan.simulate(case.spec, program, fold=True, trace=False)

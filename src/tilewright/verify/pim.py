@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ STRUCTURES = 6
 PROGRAMS = 25
 _BASE = "pim-gpt"
 _TRACED = 1 << 14  # DRAM commands kept of each channel: all that a case issues
+_LOGGED = 256  # of them are logged by the RTL
 _REFEREED = 100  # of them are judged by the referee, whose work grows with the square
 
 Image = Mapping[str, np.ndarray]
@@ -395,7 +397,7 @@ def simulate(spec: arch.PimSpec, program: Program, *, fold: bool, trace: bool) -
 def build(spec: arch.PimSpec, waves: bool) -> "Build":
     from tilewright.rtl.pim.run import build_rtl
 
-    return build_rtl(spec, waves=waves)
+    return build_rtl(spec, trace_depth=_LOGGED, waves=waves)
 
 
 def run_rtl(
@@ -407,7 +409,7 @@ def run_rtl(
     jobs = [RtlCase(s.params(), program, image) for s, program, image in cases]
     # A program may wait for work that arrives late; that alone is no hang.
     late = max(int(s.regions["code"]["not_before"].max(initial=0)) for _, p, _ in cases for s in p.segments)
-    return run_cases(build, jobs, waves=waves, slack=late)
+    return run_cases(build, jobs, trace_depth=_LOGGED, waves=waves, slack=late)
 
 
 # ---- referee and coverage -----------------------------------------------------------------------------
@@ -415,10 +417,10 @@ def run_rtl(
 _COMMANDS = ("ACT", "ACTab", "PREpb", "PREab", "RD", "WR", "MACab", "WRGB", "RDMAC", "REFab")
 
 
-def referee(observed: Observed, most: int = _REFEREED) -> str | None:
+def referee(spec: arch.PimSpec, timeline: Timeline, most: int = _REFEREED) -> str | None:
     """What the independent checker objects to in the first `most` DRAM commands of each channel."""
-    spec, trace = observed.case.spec, observed.timeline.trace
-    assert isinstance(spec, arch.PimSpec) and trace is not None
+    trace = timeline.trace
+    assert trace is not None
     d = spec.dram
     organisation = Organisation(
         bankgroups=d.bankgroups,
@@ -435,6 +437,26 @@ def referee(observed: Observed, most: int = _REFEREED) -> str | None:
         if violation is not None:
             return f"channel {channel}: {violation}"
     return None
+
+
+def commands(spec: arch.PimSpec, model: Timeline, rtl: Timeline) -> str | None:
+    """The first DRAM command in which RTL and model differ, among those that the RTL logged."""
+    assert model.trace is not None and rtl.trace is not None
+    for channel in range(spec.channels):
+        mine = model.trace[model.trace[:, 1] == channel][:_LOGGED].tolist()
+        theirs = rtl.trace[rtl.trace[:, 1] == channel].tolist()
+        for i, (a, b) in enumerate(zip_longest(mine, theirs)):
+            if a != b:
+                return f"channel {channel}, command {i}: {_told(b)} in the RTL, {_told(a)} in the model"
+    return None
+
+
+def _told(row: Sequence[int] | None) -> str:
+    if row is None:
+        return "none"
+    tick, _, command, bank, line = row
+    where = [f"bank {bank}"] * (bank >= 0) + [f"row {line}"] * (line >= 0)
+    return " ".join([_COMMANDS[command], *where, f"at tick {tick}"])
 
 
 _CHANNEL_CAUSES = (*arch.DRAM_CAUSES, "drain", "idle")
