@@ -90,7 +90,7 @@ def test_plain_python_is_the_same_and_slower(capsys: pytest.CaptureFixture[str])
     ids=lambda c: " ".join(c),
 )
 def test_command_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Wall clock, CPU time and memory of a whole command, warm."""
+    """Wall clock, CPU time and memory of a whole command, warm; the memory is the most of all so far."""
     argv = [sys.executable, "-m", "tilewright", *command]
     subprocess.run(argv, check=True, capture_output=True)
     walls, before = [], resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -101,7 +101,6 @@ def test_command_line(command: list[str], capsys: pytest.CaptureFixture[str]) ->
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / REPEATS
     with capsys.disabled():
-        print(
-            f"\n{min(walls):8.2f} s wall {cpu:8.2f} s CPU {after.ru_maxrss / 1024:8.0f} MiB (so far)", end=""
-        )
+        memory = after.ru_maxrss / 1024
+        print(f"\n{min(walls):6.2f} s wall {cpu:6.2f} s CPU {memory:5.0f} MiB  tilewright", *command)
     assert np.isfinite(cpu)
