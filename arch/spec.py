@@ -4,6 +4,7 @@ A leaf is a plain value, or `{value: 12, unit: ns, source: "...", kind: publishe
 file a set of deltas on a preset (or on another file, relative to itself).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic.fields import FieldInfo
 
+from tilewright.arch.clock import Clock
 from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.quantity import KINDS, exact
 
@@ -73,7 +75,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
-class Spec(Section):
+class Spec(Section, ABC):
     """The root of a target's spec. Subclasses set `target_name` and define the sections."""
 
     target_name: ClassVar[str] = ""
@@ -90,9 +92,14 @@ class Spec(Section):
         """Key path -> where the value comes from; keys left to their default are absent."""
         return self._provenance
 
+    @property
+    @abstractmethod
+    def tick(self) -> Clock:
+        """The device's tick: its fastest clock."""
+
+    @abstractmethod
     def params(self) -> Any:
         """What follows from the spec: the NamedTuple that kernels and RTL receive."""
-        raise NotImplementedError
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """(key path, value) of everything the spec holds, in order of definition."""

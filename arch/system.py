@@ -99,6 +99,11 @@ class RooflineSpec(Spec):
     launch_overhead_us: NonNegative = Fraction(0)
     power: Power
 
+    @property
+    def tick(self) -> Clock:
+        """A picosecond: what times are rounded up to, having no clock of their own."""
+        return Clock(Fraction(1, 10**12))
+
     def params(self) -> RooflineParams:
         peaks = ((f, getattr(self.peak_tops, f)) for f in PeakTops.model_fields)
         return RooflineParams(

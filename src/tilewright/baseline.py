@@ -1,13 +1,11 @@
 """Devices known by their roofline, as baselines: the operator graph, priced by peak rates and bandwidth."""
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.arch.clock import Clock
 from tilewright.arch.errors import UserError
 from tilewright.arch.scenario import Scenario, TagInfo
 from tilewright.arch.system import RooflineSpec
@@ -16,8 +14,6 @@ from tilewright.workloads.graph import Graph, decode_step, prefill
 from tilewright.workloads.graph import Operator as GraphOperator
 from tilewright.workloads.models import ModelConfig
 
-# A roofline has no clock: its times are rounded up to picoseconds.
-PICOSECOND = Clock(Fraction(1, 10**12))
 FORMATS = (
     ("bf16", 16),
     ("fp16", 16),
@@ -46,7 +42,7 @@ def run_roofline(spec: RooflineSpec, model: ModelConfig, scenario: Scenario, by_
     number, bits = _number_format(spec)
     _check_fit(spec, model, scenario, bits)
     phases = _phases(model, scenario)
-    runs = [run_graph(spec, _operators(graphs, bits), number, PICOSECOND) for graphs in phases]
+    runs = [run_graph(spec, _operators(graphs, bits), number, spec.tick) for graphs in phases]
     index: dict[tuple[str, int], int] = {}
     logs, began, step = [], 0, 0
     for r in runs:
@@ -59,7 +55,7 @@ def run_roofline(spec: RooflineSpec, model: ModelConfig, scenario: Scenario, by_
     log = _Log(*(np.concatenate(column) for column in zip(*logs, strict=True)))
     tags = [TagInfo(f"layer {layer} {op}" if layer >= 0 else op, op, layer) for op, layer in index]
     watts = float(spec.power.peak_w)
-    tick_j = watts * float(PICOSECOND.period_s)
+    tick_j = watts * float(spec.tick.period_s)
     operators = [op for graphs in phases for graph in graphs for op in graph.operators]
     limits = "efficiency 1 for want of a source: times are lower bounds"
     return Result(
@@ -67,7 +63,7 @@ def run_roofline(spec: RooflineSpec, model: ModelConfig, scenario: Scenario, by_
         model=model.name,
         scenario=scenario,
         cycles=began,
-        tick=PICOSECOND,
+        tick=spec.tick,
         energy_j=float(sum(r.energy_j for r in runs)),
         counters={
             "operations": sum(op.flops for op in operators),

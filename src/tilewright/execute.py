@@ -89,7 +89,7 @@ def execute(
 
 def _result(spec: specs.Spec, timeline: Timeline, rows: Any) -> Result:
     tags = [TagInfo(name, name, -1) for name in timeline.tags]
-    tick = spec.tick  # type: ignore[attr-defined]
+    tick = spec.tick
     return Result(spec=spec, tick=tick, assumed=spec.assumed(), **of_timeline(timeline, tags, rows))
 
 

@@ -62,7 +62,7 @@ def run(
         model=model.name,
         scenario=scenario,
         params=params,
-        tick=spec.tick,  # type: ignore[attr-defined]
+        tick=spec.tick,
         assumed=spec.assumed(),
         choices=mapped.assumed,
         notes=mapped.notes,

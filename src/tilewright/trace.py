@@ -54,7 +54,7 @@ def write(path: str, spec: specs.Spec, timeline: Timeline, limit: int = LIMIT) -
     Raises UserError when the file cannot be written.
     """
     form: TraceForm = registry.room("arch", spec.target_name).trace_form(spec)
-    clock: Clock = spec.tick  # type: ignore[attr-defined]
+    clock = spec.tick
     head = {
         "displayTimeUnit": "ns",
         "otherData": {

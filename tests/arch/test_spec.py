@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import Field as Limits
 from pydantic import model_validator
 
+from tilewright.arch.clock import Clock
 from tilewright.arch.errors import UserError
 from tilewright.arch.registry import load_spec
 from tilewright.arch.spec import (
@@ -41,6 +42,13 @@ class ToySpec(Spec):
     lanes: Annotated[int, Limits(ge=1, le=64)]
     mode: Literal["fast", "slow"] = "fast"
     timing: Timing
+
+    @property
+    def tick(self):
+        return Clock.from_ns(self.timing.t_rp_ns)
+
+    def params(self):
+        return self.lanes
 
 
 TOY = """\
