@@ -444,6 +444,12 @@ class PimSpec(Spec):
             raise ValueError(
                 f"asic.clock_mhz {float(a.clock_mhz):g} is faster than tick_ns {float(self.tick_ns):g} ns"
             )
+        ratio = Clock.from_mhz(a.clock_mhz).ratio_to(self.tick)
+        if max(ratio) >= MAX_TICKS:
+            raise ValueError(
+                f"asic.clock_mhz {float(a.clock_mhz):g} is {ratio.p}/{ratio.q} of the tick's rate; numbers up to "
+                f"{MAX_TICKS - 1} are modelled: choose a rounder clock_mhz or tick_ns"
+            )
         n = self.timing
         if max(n.values()) >= MAX_TICKS:
             key = max(n, key=lambda k: n[k])
@@ -490,6 +496,12 @@ class PimSpec(Spec):
         d, n = self.dram, self.timing
         banks = d.bankgroups * d.banks_per_group
         dram = GDDR6_PIM.compile(n, bankgroups=d.bankgroups, banks_per_group=d.banks_per_group, commands=_ALL)
+        longest = int(dram.row_latency.max())
+        if longest >= MAX_TICKS:
+            raise ValueError(
+                f"dram.timing adds up to a constraint of {longest} ticks; at most {MAX_TICKS - 1} are modelled: "
+                f"choose a longer tick_ns"
+            )
         ratio = Clock.from_mhz(self.asic.clock_mhz).ratio_to(self.tick)
         table = asic_passes(self.asic)
         rows = [table.get(op.name, ()) for op in OPS]
@@ -530,7 +542,7 @@ class PimSpec(Spec):
 
 
 SPEC = PimSpec
-MAX_TICKS = 1 << 16  # RTL counts the age of a command, and the refresh interval, in 16 bits
+MAX_TICKS = 1 << 16  # RTL holds ages of commands, the refresh interval and the clock ratio in 16 bits
 
 
 def mac_latency(lanes: int) -> int:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tilewright.arch import pim as arch
 from tilewright.arch import registry
 from tilewright.arch.dram import Issued, Organisation
+from tilewright.arch.errors import UserError
 from tilewright.arch.pim import GDDR6_PIM, ISA
 from tilewright.sim.dram_check import check_trace
 from tilewright.sim.pim import simulate
@@ -253,3 +254,13 @@ def test_integers_do_not_depend_on_the_compiler(variable):
     here = [integers(t) for t in compiler_case()]
     assert json.loads(done.stdout) == json.loads(json.dumps(here, default=np.ndarray.tolist))
     assert here[0]["counters"][0] and any(c[9] for c in here[0]["counters"])  # some refreshes
+
+
+def test_numbers_that_would_overflow_are_refused():
+    # 123.456789012345 MHz is 24691357802469/400000000000000 of 2 GHz: tick * p leaves 64 bits within a run.
+    with pytest.raises(UserError, match=r"asic\.clock_mhz .* is 24691357802469/400000000000000"):
+        registry.load_spec("pim-gpt", ["asic.clock_mhz=123.456789012345"])
+    # Each timing fits 16 bits, n_cl + n_bl + 3 - n_cwl_gb + n_wpre does not: 65534 + 2 + 3 - 1 + 20 = 65558.
+    long = ["dram.timing.t_cl_ns=32767", "dram.timing.t_wpre_ns=10"]
+    with pytest.raises(UserError, match=r"dram\.timing adds up to a constraint of 65558 ticks"):
+        registry.load_spec("pim-gpt", long)
