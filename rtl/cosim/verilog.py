@@ -9,6 +9,7 @@ from pathlib import Path
 from amaranth.back import rtlil
 
 from tilewright.arch.errors import UserError
+from tilewright.rtl.lib.share import ModuleLibrary
 
 # An error inside Yosys ends the whole Python process, so it gets one of its own.
 _WORKER = """
@@ -28,7 +29,9 @@ def to_verilog(component, name="top", *, limit_s=120.0):
     """
     if importlib.util.find_spec("pyosys") is None:
         raise UserError("Verilog needs pyosys, which is not installed: pip install tilewright[rtl]")
-    text = rtlil.convert(component, name=name, emit_src=False)
+    library = ModuleLibrary()
+    text = rtlil.convert(component, name=name, platform=library, emit_src=False)
+    text = "\n".join([text, *library.modules()])
     with tempfile.TemporaryDirectory(prefix="tilewright-verilog-") as folder:
         Path(folder, "top.il").write_text(text)
         passes = [

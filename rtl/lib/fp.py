@@ -11,6 +11,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
 from tilewright.arch.formats import FloatFormat
+from tilewright.rtl.lib.share import shared
 
 __all__ = ["FpAdd", "FpCompare", "FpConvert", "FpMaximum", "FpMultiply", "FpRound"]
 
@@ -113,6 +114,7 @@ class FpRound(wiring.Component):
             }
         )
 
+    @shared
     def elaborate(self, platform):
         m = Module()
         fmt, p = self._result, self._result.precision
@@ -173,6 +175,7 @@ class FpConvert(wiring.Component):
         self._result = result
         super().__init__({"a": In(source.width), "o": Out(result.width)})
 
+    @shared
     def elaborate(self, platform):
         m = Module()
         source, result = self._source, self._result
@@ -230,6 +233,7 @@ class FpAdd(wiring.Component):
         width = format.width
         super().__init__({"a": In(width), "b": In(width), "o": Out(width)})
 
+    @shared
     def elaborate(self, platform):
         m = Module()
         fmt, p = self._format, self._format.precision
@@ -324,6 +328,7 @@ class FpMultiply(wiring.Component):
         self._result = result
         super().__init__({"a": In(source.width), "b": In(source.width), "o": Out(result.width)})
 
+    @shared
     def elaborate(self, platform):
         m = Module()
         source, result = self._source, self._result
@@ -381,6 +386,7 @@ class FpCompare(wiring.Component):
         width = format.width
         super().__init__({"a": In(width), "b": In(width), "lt": Out(1), "eq": Out(1), "unordered": Out(1)})
 
+    @shared
     def elaborate(self, platform):
         m = Module()
         a = _Operand(m, self.a, self._format, "a")
@@ -418,6 +424,7 @@ class FpMaximum(wiring.Component):
         width = format.width
         super().__init__({"a": In(width), "b": In(width), "o": Out(width)})
 
+    @shared
     def elaborate(self, platform):
         m = Module()
         a = _Operand(m, self.a, self._format, "a")
