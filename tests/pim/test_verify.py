@@ -20,7 +20,9 @@ QUICK = (
     "rtl: all-bank MACs one tick too close",
     "rtl: RDMAC does not clear",
     "model: refresh interval one tick longer",
+    "model: a step's result one cycle late",
     "interpreter: sums by halves, not by neighbours",
+    "interpreter: softmax keeps its numerators unrounded",
 )
 
 
