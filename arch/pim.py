@@ -146,7 +146,7 @@ _CODE = (
     Field("clear", 1, "start afresh rather than carry on"),
 )
 _BANK = ("channels", "bank", "row", "col", "cols", "stride")
-OPS = (
+_OPS = (
     Op("WR_GB", ("channels", "gb", "cols", "src", "stride"), "SRAM columns to the global buffer"),
     Op(
         "MAC_AB",
@@ -202,7 +202,7 @@ OPS = (
         "running maximum and its index, the first of equals; imm is the index of src[0]",
     ),
 )
-OPS = tuple(replace(op, fields=(*op.fields, "alongside")) for op in OPS)
+OPS = tuple(replace(op, fields=(*op.fields, "alongside")) for op in _OPS)
 ISA = InstructionSet("pim", (Record("code", _CODE, OPS),))
 OP = {op.name: i for i, op in enumerate(OPS)}
 N_CHANNEL_OPS = 7  # the ones before ADD run on channels, the others on the ASIC

@@ -88,7 +88,7 @@ def reciprocal(d: F32, asic: AsicSection) -> F32:
 def rsqrt(d: F32, asic: AsicSection) -> F32:
     """1/sqrt(d) for d >= 0: a seed from the bits of d, then y = y (1.5 - d/2 y y), `rsqrt_iterations` times.
 
-    The products associate to the left; For d = 0 the result is large and
+    The products associate to the left. For d = 0 the result is large and
     finite.
     """
     half = d * np.float32(0.5)

@@ -319,15 +319,18 @@ class Machine:
 
     def LAYERNORM(self, f: Fields) -> None:
         """asic.layernorm; gain src2, bias src3; epsilon and 1/n are the float32 whose bits are imm and imm2"""
-        eps, share = _float(f["imm"]), _float(f["imm2"])
+        eps, share, lanes = _float(f["imm"]), _float(f["imm2"]), self.params.vector_lanes
         self._vector(
-            f, lambda *v: asic.layernorm(*v, eps, share, self.asic, self.params.vector_lanes), "src2", "src3"
+            f,
+            lambda x, gain, bias: asic.layernorm(x, gain, bias, eps, share, self.asic, lanes),
+            "src2",
+            "src3",
         )
 
     def RMSNORM(self, f: Fields) -> None:
         """asic.rmsnorm; gain src2; epsilon and 1/n are the float32 whose bits are imm and imm2"""
-        eps, share = _float(f["imm"]), _float(f["imm2"])
-        self._vector(f, lambda *v: asic.rmsnorm(*v, eps, share, self.asic, self.params.vector_lanes), "src2")
+        eps, share, lanes = _float(f["imm"]), _float(f["imm2"]), self.params.vector_lanes
+        self._vector(f, lambda x, gain: asic.rmsnorm(x, gain, eps, share, self.asic, lanes), "src2")
 
     def GELU(self, f: Fields) -> None:
         """asic.gelu"""

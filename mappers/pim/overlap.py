@@ -79,7 +79,7 @@ def schedule(uses: Sequence[Use]) -> list[tuple[int, bool]]:
         other = under_way.get(not uses[i].asic)
         alongside = bool(out) and (other is None or not uses[i].conflicts(other))
         if not alongside:
-            pass
+            under_way.clear()
         under_way[uses[i].asic] = uses[i]
         out.append((i, alongside))
     return out

@@ -445,12 +445,13 @@ class Steps:
             for sequence in range(self.layout.batch):
                 emitter = _Emitter(self.layout, sequence, kind[1])
                 emitter.walk(self.operators if head else self.body)
-                records = self._overlapped(emitter.records) if self.layout.overlap else emitter.records
+                records = self.overlapped(emitter.records) if self.layout.overlap else emitter.records
                 self.templates[kind].append(Template(records, self.layout.p.columns))
         return self.templates[kind]
 
-    def _overlapped(self, records: Sequence[Record]) -> list[Record]:
-        """For all steps alike: what moves is as far as in any of them."""
+    def overlapped(self, records: Sequence[Record]) -> list[Record]:
+        """The records in an order for overlap, and what may be alongside, for all steps alike: what moves
+        counts as far as it goes in any of them."""
         largest = self.variables.max(axis=(0, 1))
         uses = [
             sram_use(

@@ -6,21 +6,24 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.formats import BF16
 from tilewright.arch.isa import Program, Segment
-from tilewright.arch.pim import ISA, OP, PimSpec
+from tilewright.arch.pim import ISA, OP, OPS, PimSpec
 from tilewright.arch.scenario import Scenario
 from tilewright.arch.spec import apply_sets, build, load_tree
 from tilewright.mappers.pim import map_model, place_weights
 from tilewright.mappers.pim.overlap import Use, schedule, sram_use
+from tilewright.mappers.pim.steps import TOKENS
 from tilewright.sim.pim import simulate
 from tilewright.workloads import asic
 from tilewright.workloads.formats import from_bits, to_bits
 from tilewright.workloads.graph import decode_step
 from tilewright.workloads.models import ModelConfig, load_model
-from tilewright.workloads.pim import Machine, interpret
+from tilewright.workloads.pim import Machine, blank_image, interpret
 
 SETS = [
     "channels=2", "dram.bankgroups=2", "dram.banks_per_group=2", "dram.rows=1200", "dram.row_bytes=64",
@@ -37,6 +40,7 @@ def machine(*sets):
 
 SPEC = machine(*SETS)
 WIDE = machine(*SETS, "dram.banks_per_group=4")  # 8 banks: two columns for an output of all banks
+FEW_ROWS = machine(*SETS, "dram.rows=8")
 FULL = machine()
 
 GPT = ModelConfig(
@@ -487,6 +491,68 @@ def test_schedule_by_hand():
     # The latest of the channels decides: when it was dispatched, the one before had completed.
     assert schedule([channels(0), channels(1), asic(0, 2)]) == [(0, False), (1, True), (2, True)]
     assert schedule([channels(0), channels(1), asic(1, 2)])[2] == (2, False)
+
+
+SMALL = st.integers(0, 11)
+COLUMNS = {"dst": SMALL, "src": SMALL, "src2": SMALL}
+VECTOR = {"n": st.integers(1, 8)}
+BANKS = {"channels": st.integers(1, 3), "stride": st.integers(2, 4)}
+INSTRUCTIONS = {
+    "WR_GB": {**BANKS, "cols": st.integers(1, 2), "gb": st.integers(0, 2)},
+    "GEMV": {**BANKS, "cols": st.integers(1, 4), "outs": st.integers(1, 2), "pitch": st.just(1)},
+    "RD_BK": {**BANKS, "cols": st.integers(1, 2), "bank": st.integers(0, 3)},
+    "WR_BK": {**BANKS, "cols": st.integers(1, 2), "bank": st.integers(0, 3)},
+    "WR_EL": {**BANKS, "outs": st.integers(1, 2), "pitch": st.integers(0, 3), "lane": st.integers(0, 3)},
+    "ADD": VECTOR,
+    "RELU": VECTOR,
+    "SOFTMAX": {"n": st.integers(1, 4), "outs": st.integers(1, 2), "pitch": st.integers(1, 3)},
+    "ARGMAX": VECTOR,
+}
+
+
+@st.composite
+def instructions(draw):
+    op = draw(st.sampled_from(sorted(INSTRUCTIONS)))
+    operands = {name: c for name, c in COLUMNS.items() if name in OPS[OP[op]].fields}
+    return op, {name: draw(values) for name, values in (operands | INSTRUCTIONS[op]).items()}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(instructions(), min_size=2, max_size=14), st.integers(0, 99))
+def test_any_schedule_is_accepted_and_changes_nothing(records, seed):
+    image = blank_image(FEW_ROWS.params())
+    rng = np.random.default_rng(seed)
+    for name in ("dram", "sram", "gb"):
+        image[name][:] = to_bits(rng.normal(size=image[name].shape), BF16)
+
+    def execute(entries):
+        code = np.concatenate([ISA.make(op, **fields) for op, fields in entries])
+        return interpret(FEW_ROWS, Program(ISA, [Segment({"code": code})]), image)[0]
+
+    valid = []
+    for record in records:  # those that the interpreter takes one by one
+        try:
+            execute([record])
+        except ValueError:
+            continue
+        valid.append(record)
+    if valid:
+        order = schedule([sram_use(FEW_ROWS.params(), op, fields) for op, fields in valid])
+        assert sorted(i for i, _ in order) == list(range(len(valid)))
+        after = execute([(valid[i][0], {**valid[i][1], "alongside": int(a)}) for i, a in order])
+        plain = execute(valid)
+        assert all(np.array_equal(after[name], plain[name]) for name in plain)
+
+
+def test_what_moves_counts_as_far_as_it_goes():
+    # The ADD takes as many elements as there are tokens: 21 in the last step, 6 columns, 40 to 45.
+    steps = map_model(
+        machine(*SETS, "asic.overlap=true"), OPT, Scenario(prompt=3, generate=18)
+    ).program.segments
+    growing = ("ADD", {"dst": 40, "src": 50, "src2": 50, "n": TOKENS})
+    for column, alongside in ((39, 1), (40, 0), (45, 0), (46, 1), (55, 0), (56, 1)):
+        load = ("RD_BK", {"channels": 1, "address": 0, "cols": 1, "dst": column})
+        assert [fields["alongside"] for _, fields in steps.overlapped([growing, load])] == [0, alongside]
 
 
 @pytest.mark.parametrize(
