@@ -36,7 +36,7 @@ _ACT, _ACTAB, _PRE, _PREAB, _RD, _WR, _MACAB, _WRGB, _RDMAC, _REFAB = range(10)
 _OPEN_TICKS, _ASIC_ADDS, _ASIC_MULS, _N_COUNTERS = 10, 11, 12, 13
 _REFRESH, _COLUMN, _DRAIN, _ARRIVAL, _WAIT, _CLOCK, _IDLE, _BUSY = 0, 5, 8, 9, 10, 11, 12, 13
 _WR_GB, _MAC_AB, _RD_MAC, _GEMV, _RD_BK, _WR_BK, _WR_EL = range(7)
-_SOFTMAX, _ROPE = 9, 15
+_ADD, _MUL, _SOFTMAX, _LAYERNORM, _RMSNORM, _ROPE, _ARGMAX = 7, 8, 9, 10, 11, 15, 16
 _COMMAND = (7, 6, 8, 6, 4, 5, 5)  # of each operation, once its rows are open
 assert _COMMAND == (_WRGB, _MACAB, _RDMAC, _MACAB, _RD, _WR, _WR)
 _SEQUENCER, _ASIC, _CHANNEL = 0, 1, 2  # units; the channels follow
@@ -48,7 +48,9 @@ assert [arch.CAUSES.index(c) for c in ("refresh", "column", "drain", "arrival", 
 assert [arch.OP[o] for o in ("WR_GB", "MAC_AB", "RD_MAC", "GEMV", "RD_BK", "WR_BK", "WR_EL")] == list(
     range(7)
 )
-assert [arch.OP[o] for o in ("SOFTMAX", "ROPE")] == [_SOFTMAX, _ROPE]
+assert [arch.OP[o] for o in ("ADD", "MUL", "SOFTMAX", "LAYERNORM", "RMSNORM", "ROPE", "ARGMAX")] == [
+    *(_ADD, _MUL, _SOFTMAX, _LAYERNORM, _RMSNORM, _ROPE, _ARGMAX)
+]
 
 # Fields of a channel's register vector.
 _TIME, _DUE, _SINCE, _UNIFORM, _REF_PRE, _REF_AT, _TRACED = range(7)
@@ -720,7 +722,43 @@ _PROBLEMS = (
     "bank must be below {n_banks}",
     "lane must be below {lanes}",
     "cols, outs and n must be at least 1",
+    "dst, src, src2, src3 reach beyond the {sram_columns} columns of the SRAM",
 )
+
+
+@njit(cache=True)
+def _columns_end(p, op, i):
+    """The SRAM column behind the last that a channel's operation reaches; 0 where it reaches none."""
+    top = np.int64(0)
+    while (i["channels"] >> (top + 1)) and top < 31:
+        top += 1
+    shift, cols, outs = top * i["stride"], np.int64(i["cols"]), np.int64(i["outs"])
+    if op == _WR_GB or op == _WR_BK:
+        return i["src"] + shift + cols
+    if op == _RD_BK:
+        return i["dst"] + shift + cols
+    if op == _RD_MAC:
+        return i["dst"] + shift + p.bursts
+    if op == _GEMV:
+        return i["dst"] + shift + (outs - 1) * i["pitch"] + p.bursts
+    if op == _WR_EL:
+        return i["src"] + shift + outs * p.bursts
+    return np.int64(0)
+
+
+@njit(cache=True)
+def _vectors_end(p, op, i):
+    """The SRAM column behind the last that an ASIC operation reaches."""
+    columns = (i["n"] + p.lanes - 1) // p.lanes
+    further = (np.int64(i["outs"]) - 1) * i["pitch"] if op == _SOFTMAX or op == _ROPE else 0
+    end = i["src"] + columns + further
+    if op != _ARGMAX:
+        end = max(end, i["dst"] + columns + further)
+    if op == _ADD or op == _MUL or op == _LAYERNORM or op == _RMSNORM or op == _ROPE:
+        end = max(end, i["src2"] + columns)
+    if op == _LAYERNORM or op == _ROPE:
+        end = max(end, i["src3"] + columns)
+    return end
 
 
 @njit(cache=True)
@@ -735,9 +773,13 @@ def _problem(p, code):
         if op > _WR_EL:
             if i["n"] < 1:
                 return n, 7
+            if _vectors_end(p, op, i) > p.sram_columns:
+                return n, 8
             continue
         if i["channels"] == 0 or i["channels"] >> p.channels:
             return n, 1
+        if _columns_end(p, op, i) > p.sram_columns:
+            return n, 8
         buffered = op == _WR_GB or op == _MAC_AB or op == _GEMV
         if buffered and i["gb"] + cols > p.gb_columns:
             return n, 4

@@ -14,11 +14,13 @@ from tilewright.arch import pim as arch
 from tilewright.arch import registry
 from tilewright.arch.dram import Issued, Organisation
 from tilewright.arch.errors import UserError
+from tilewright.arch.isa import Program, Segment
 from tilewright.arch.pim import GDDR6_PIM, ISA
 from tilewright.sim.dram_check import check_trace
 from tilewright.sim.pim import simulate
 from tilewright.verify import engine
 from tilewright.verify import pim as plan
+from tilewright.workloads.pim import blank_image, interpret
 
 WIDE = (
     ("channels=8", "dram.bankgroups=2", "dram.banks_per_group=2", "dram.rows=16", "dram.row_bytes=32")
@@ -319,3 +321,27 @@ def test_numbers_that_would_overflow_are_refused():
     long = ["dram.timing.t_cl_ns=32767", "dram.timing.t_wpre_ns=10"]
     with pytest.raises(UserError, match=r"dram\.timing adds up to a constraint of 65558 ticks"):
         registry.load_spec("pim-gpt", long)
+
+
+def refuses(use, *arguments):
+    try:
+        use(*arguments)
+    except ValueError as error:
+        assert "SRAM" in str(error)
+        return True
+    return False
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 1 << 30), st.integers(0, 5), st.integers(1, 20))
+def test_model_and_interpreter_refuse_the_same_sram_columns(seed, number, fewer):
+    """Instructions written for one SRAM, on a machine whose SRAM has a few columns less."""
+    case = plan.case(plan.structures(6, 0)[number], 7 * number, (seed,))
+    size = case.spec.asic.sram_bytes - fewer * case.spec.dram.column_bytes
+    asic = case.spec.asic.model_copy(update={"sram_bytes": size})
+    spec = case.spec.model_copy(update={"asic": asic})
+    p = spec.params()
+    for segment in ISA.assemble(case.text).segments:
+        for record in np.split(segment.regions["code"], len(segment.regions["code"])):
+            program = Program(ISA, [Segment({"code": record})])
+            assert refuses(interpret, spec, program, blank_image(p)) == refuses(simulate, p, program)
