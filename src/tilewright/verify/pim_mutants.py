@@ -28,8 +28,8 @@ def _shorter(command: int) -> AbstractContextManager[None]:
     """The RTL is given one tick less from `command` to the next one like it."""
     true = arch.register_values
 
-    def values(p: PimParams, length: int) -> list[int]:
-        out = true(p, length)
+    def values(p: PimParams, *rest: Any) -> list[int]:
+        out = true(p, *rest)
         first, end = int(p.dram.row_start[command]), int(p.dram.row_start[command + 1])
         base = len(out) - len(p.dram.row_prev)
         for row in range(first, end):
@@ -215,6 +215,8 @@ MUTANTS = (
         4,
     ),
     Mutant(
-        "interpreter: sums by halves, not by neighbours", lambda: replaced(meaning, "column_sums", _halves)
+        "interpreter: sums by halves, not by neighbours",
+        lambda: replaced(meaning, "column_sums", _halves),
+        programs=25,
     ),
 )
