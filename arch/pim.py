@@ -7,6 +7,7 @@ timing rules are made of, and the energy rows. `docs/targets/pim.md` has the pic
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
@@ -21,6 +22,7 @@ from tilewright.arch.dram import GDDR6, Command, Constraint, DramParams, Effect,
 from tilewright.arch.energy import EnergyRow
 from tilewright.arch.hostmap import HostMap, Region
 from tilewright.arch.isa import Field, InstructionSet, Op, Record
+from tilewright.arch.pim_asic import AsicSection, passes, step_latency, tree_latency, vector_lanes
 from tilewright.arch.spec import NonNegative, Positive, Section, Spec
 from tilewright.arch.trace import TraceForm
 
@@ -139,10 +141,12 @@ _CODE = (
     Field("stride", 16, "SRAM columns between channels: channel c uses the address plus c * stride"),
     Field("n", 20, "elements"),
     Field("imm", 32, "float32 bits, or an integer", base=16),
+    Field("imm2", 32, "float32 bits", base=16),
+    Field("alongside", 1, "nothing that another unit still executes is needed or disturbed"),
     Field("clear", 1, "start afresh rather than carry on"),
 )
 _BANK = ("channels", "bank", "row", "col", "cols", "stride")
-OPS = (
+_OPS = (
     Op("WR_GB", ("channels", "gb", "cols", "src", "stride"), "SRAM columns to the global buffer"),
     Op(
         "MAC_AB",
@@ -176,17 +180,21 @@ OPS = (
     ),
     Op(
         "LAYERNORM",
-        ("dst", "src", "src2", "src3", "n", "imm"),
-        "(src - mean) / sqrt(var + imm) * src2 + src3",
+        ("dst", "src", "src2", "src3", "n", "imm", "imm2"),
+        "(src - mean) / sqrt(var + imm) * src2 + src3; imm2 = 1/n",
     ),
-    Op("RMSNORM", ("dst", "src", "src2", "n", "imm"), "src / sqrt(mean square + imm) * src2"),
+    Op(
+        "RMSNORM",
+        ("dst", "src", "src2", "n", "imm", "imm2"),
+        "src / sqrt(mean square + imm) * src2; imm2 = 1/n",
+    ),
     Op("GELU", ("dst", "src", "n"), "GELU in its tanh form"),
     Op("SILU", ("dst", "src", "n"), "src / (1 + exp(-src))"),
     Op("RELU", ("dst", "src", "n"), "max(src, 0)"),
     Op(
         "ROPE",
         ("dst", "src", "src2", "src3", "n", "outs", "pitch"),
-        "rotary embedding, halves: src2 cosines, src3 sines",
+        "outs vectors of pairs: src * src2 + (src, its pairs swapped) * src3, cosines and signed sines",
     ),
     Op(
         "ARGMAX",
@@ -194,75 +202,10 @@ OPS = (
         "running maximum and its index, the first of equals; imm is the index of src[0]",
     ),
 )
+OPS = tuple(replace(op, fields=(*op.fields, "alongside")) for op in _OPS)
 ISA = InstructionSet("pim", (Record("code", _CODE, OPS),))
 OP = {op.name: i for i, op in enumerate(OPS)}
 N_CHANNEL_OPS = 7  # the ones before ADD run on channels, the others on the ASIC
-
-
-# ---- the ASIC's passes --------------------------------------------------------------------------------
-
-
-class Pass(NamedTuple):
-    """One sweep of the ASIC over a vector, or (scalar) one chain on single values.
-
-    A vector pass of n elements issues max(ceil(n * adds / adders), ceil(n * multiplies / multipliers))
-    cycles, at least one, and its last result is there `depth` cycles later. A scalar pass takes `depth`.
-    """
-
-    name: str
-    adds: int
-    multiplies: int
-    depth: int
-    scalar: bool = False
-
-
-def asic_passes(asic: "AsicSection") -> dict[str, tuple[Pass, ...]]:
-    """Passes of each ASIC operation, in order; the reference kernels follow the same steps."""
-    a, m = asic.adder_latency_cycles, asic.multiplier_latency_cycles
-    terms, newton, rsqrt = asic.exp_terms, asic.reciprocal_iterations, asic.rsqrt_iterations
-    tree = a * (asic.adders - 1).bit_length()  # joins the `adders` partial results of a reduction
-    exp_adds, exp_muls = 2 + terms, 2 + terms  # to powers of two: round and subtract; then Horner
-    exp_depth = 2 * m + 2 * a + terms * (a + m)
-    rec_adds, rec_muls = 1 + newton, 2 * newton
-    rec_depth = a + newton * (2 * m + a)
-    rsq_adds, rsq_muls = 1 + rsqrt, 3 * rsqrt
-    rsq_depth = a + rsqrt * (3 * m + a)
-    return {
-        "ADD": (Pass("add", 1, 0, a),),
-        "MUL": (Pass("multiply", 0, 1, m),),
-        "SOFTMAX": (
-            Pass("scale and maximum", 1, 1, m + a + tree),
-            Pass("subtract, exp and sum", 2 + exp_adds, exp_muls, a + exp_depth + a + tree),
-            Pass("reciprocal", rec_adds, rec_muls, rec_depth, True),
-            Pass("normalise", 0, 1, m),
-        ),
-        "LAYERNORM": (
-            Pass("sum", 1, 0, a + tree),
-            Pass("mean", 0, 1, m, True),
-            Pass("centre, square and sum", 2, 1, a + m + a + tree),
-            Pass("variance and 1/sqrt", 1 + rsq_adds, 1 + rsq_muls, m + a + rsq_depth, True),
-            Pass("normalise", 2, 2, 2 * a + 2 * m),
-        ),
-        "RMSNORM": (
-            Pass("square and sum", 1, 1, m + a + tree),
-            Pass("mean and 1/sqrt", 1 + rsq_adds, 1 + rsq_muls, m + a + rsq_depth, True),
-            Pass("normalise", 0, 2, 2 * m),
-        ),
-        "GELU": (
-            Pass("cubic", 1, 4, 4 * m + a),
-            Pass("exp", exp_adds, exp_muls, exp_depth),
-            Pass("reciprocal", 1 + rec_adds, rec_muls, a + rec_depth),
-            Pass("gate", 0, 1, m),
-        ),
-        "SILU": (
-            Pass("exp", exp_adds, exp_muls, exp_depth),
-            Pass("reciprocal", 1 + rec_adds, rec_muls, a + rec_depth),
-            Pass("gate", 0, 1, m),
-        ),
-        "RELU": (Pass("maximum", 1, 0, a),),
-        "ROPE": (Pass("rotate", 1, 2, m + a),),
-        "ARGMAX": (Pass("maximum", 1, 0, a + tree),),
-    }
 
 
 # ---- spec ---------------------------------------------------------------------------------------------
@@ -340,20 +283,6 @@ class PimSection(Section):
     all_bank_activate: Literal["simultaneous", "staggered"]
 
 
-class AsicSection(Section):
-    """The companion chip: SRAM, adders, multipliers, and the sequencer that issues every instruction."""
-
-    clock_mhz: Positive
-    sram_bytes: Annotated[int, Limits(ge=2, le=1 << 26)]
-    adders: Annotated[int, Limits(ge=1, le=1 << 16)]
-    multipliers: Annotated[int, Limits(ge=1, le=1 << 16)]
-    adder_latency_cycles: Annotated[int, Limits(ge=1, le=64)]
-    multiplier_latency_cycles: Annotated[int, Limits(ge=1, le=64)]
-    exp_terms: Annotated[int, Limits(ge=1, le=16)]
-    reciprocal_iterations: Annotated[int, Limits(ge=0, le=8)]
-    rsqrt_iterations: Annotated[int, Limits(ge=0, le=8)]
-
-
 class EnergySection(Section):
     """Currents, powers and energies; `kind` and source of each are in the YAML."""
 
@@ -389,17 +318,22 @@ class PimParams(NamedTuple):
     n_refi: int
     asic_p: int
     asic_q: int
-    adders: int
-    multipliers: int
+    overlap: int
+    vector_lanes: int
+    register_rows: int
+    step_latency: int  # cycles, of the ASIC's clock
+    tree_latency: int
     dram: DramParams
     cadence: np.ndarray  # int64[commands]: a command to the same one again on the same bank
     drain: np.ndarray  # int64[channel ops]: last command to completion
     stagger_order: np.ndarray  # int64[banks]: order of single activates, neighbours in different bank groups
-    pass_start: np.ndarray  # int64[ops + 1]: passes of operation op are pass_start[op]:pass_start[op + 1]
-    pass_adds: np.ndarray
-    pass_multiplies: np.ndarray
-    pass_depth: np.ndarray
-    pass_scalar: np.ndarray
+    block_start: np.ndarray  # int64[ops + 1]: blocks of operation op are block_start[op]:block_start[op + 1]
+    block_steps: np.ndarray  # int64[blocks], as are the rest: see `arch.pim_asic.Passes`
+    block_interval: np.ndarray
+    block_tail: np.ndarray
+    block_scalar: np.ndarray
+    block_adds: np.ndarray
+    block_multiplies: np.ndarray
 
 
 class PimSpec(Spec):
@@ -503,9 +437,10 @@ class PimSpec(Spec):
                 f"choose a longer tick_ns"
             )
         ratio = Clock.from_mhz(self.asic.clock_mhz).ratio_to(self.tick)
-        table = asic_passes(self.asic)
-        rows = [table.get(op.name, ()) for op in OPS]
-        flat = [p for r in rows for p in r]
+        lanes = vector_lanes(self.asic, self.pim.lanes)
+        table = passes(self.asic, lanes)
+        blocks = [table.get(op.name, ()) for op in OPS]
+        flat = [block for row in blocks for block in row]
         gb, read_acc = n["n_cwl_gb"] + n["n_bl"], n["n_cl_reg"] + n["n_bl"]
         write = n["n_cwl"] + n["n_bl"]
         drain = [gb, n["n_mac"], read_acc, read_acc, n["n_cl"] + n["n_bl"], write, write]
@@ -525,19 +460,24 @@ class PimSpec(Spec):
             n_refi=n["n_refi"],
             asic_p=ratio.p,
             asic_q=ratio.q,
-            adders=self.asic.adders,
-            multipliers=self.asic.multipliers,
+            overlap=int(self.asic.overlap),
+            vector_lanes=lanes,
+            register_rows=self.asic.register_rows,
+            step_latency=step_latency(self.asic),
+            tree_latency=tree_latency(self.asic, lanes),
             dram=dram,
             cadence=_array([_cadence(dram, c) for c in range(dram.n_commands)]),
             drain=_array(drain),
             stagger_order=_array(
                 [g * d.banks_per_group + b for b in range(d.banks_per_group) for g in range(d.bankgroups)]
             ),
-            pass_start=_array(np.cumsum([0, *(len(r) for r in rows)])),
-            pass_adds=_array([p.adds for p in flat]),
-            pass_multiplies=_array([p.multiplies for p in flat]),
-            pass_depth=_array([p.depth for p in flat]),
-            pass_scalar=_array([int(p.scalar) for p in flat]),
+            block_start=_array(np.cumsum([0, *(len(row) for row in blocks)])),
+            block_steps=_array([b.steps for b in flat]),
+            block_interval=_array([b.interval for b in flat]),
+            block_tail=_array([b.tail for b in flat]),
+            block_scalar=_array([b.scalar for b in flat]),
+            block_adds=_array([b.adds for b in flat]),
+            block_multiplies=_array([b.multiplies for b in flat]),
         )
 
 
@@ -581,6 +521,9 @@ def registers(p: PimParams) -> list[str]:
         "length",
         "n_refi",
         "staggered",
+        "overlap",
+        "argmax_value",
+        "argmax_index",
         "asic_p",
         "asic_q",
         *(f"drain_{o}" for o in range(len(p.drain))),
@@ -588,19 +531,20 @@ def registers(p: PimParams) -> list[str]:
     ]
 
 
-def register_values(p: PimParams, length: int) -> list[int]:
-    """What the registers hold for a program of `length` instructions."""
-    own = [length, p.n_refi, p.staggered, p.asic_p, p.asic_q]
+def register_values(p: PimParams, length: int, argmax: tuple[int, int] = (0, 0)) -> list[int]:
+    """What the registers hold for a program of `length` instructions, begun with `argmax` as the best so far."""
+    own = [length, p.n_refi, p.staggered, p.overlap, *argmax, p.asic_p, p.asic_q]
     return [*own, *(int(v) for v in p.drain), *(int(v) for v in p.dram.row_latency)]
 
 
 def status_names(p: PimParams) -> list[str]:
-    """Names of the RTL's read-only words: counters and stalls as the Timeline names them, accumulators last."""
+    """Names of the RTL's read-only words: counters and stalls as the Timeline names them; then state."""
     stalls = ("busy", *CAUSES)
-    names = ["ticks", *(f"sequencer.{s}" for s in stalls)]
+    names = ["ticks", *ASIC_COUNTERS, *(f"{unit}.{s}" for unit in ("sequencer", "asic") for s in stalls)]
     for c in range(p.channels):
         names += [f"channel {c}.{n}" for n in (*COUNTERS, *stalls)]
-    return names + [f"acc {c}.{b}" for c in range(p.channels) for b in range(p.n_banks)]
+    names += [f"acc {c}.{b}" for c in range(p.channels) for b in range(p.n_banks)]
+    return [*names, "argmax_value", "argmax_index"]
 
 
 TRACE_FIELDS = {"tick": 32, "code": 8, "bank": 8, "row": 16}  # bits of a command in the RTL's command log

@@ -3,14 +3,16 @@
 The rules, which the RTL implements anew (`rtl/pim/`):
 
 - The sequencer works in the ASIC's clock domain. For each instruction: one working tick to fetch, one to load,
-  one to dispatch (not before `not_before`), then it waits until every unit it dispatched to has completed
-  and retires it in one more. Instructions never overlap (published machine). A last fetch finds the
-  program's end.
+  one to dispatch (not before `not_before`), then it waits until the unit it dispatched to, the channels or
+  the ASIC, has completed and retires it in one more. Instructions never overlap (published machine). A last
+  fetch finds the program's end.
+- With overlap the next fetch follows the dispatch at once. A dispatch waits until both units are idle, or, for
+  an instruction that may execute alongside others, until its own is; the last fetch until both are.
 - A channel sees the instruction in the tick after the dispatch. In each tick it issues at most one DRAM
   command: the one that the bank states and the instruction ask for next. The first tick in which no
   constraint forbids it, it issues. After the last one the instruction drains, then it is complete.
 - Refresh k is due at tick k * n_refi and goes before everything else: open banks are closed, the refresh issues.
-- The ASIC works from the domain's next tick on, for the cycles that the operation's passes take.
+- The ASIC works from the domain's next tick on, for the cycles that the operation's microprogram takes.
 
 Channels in equal states are simulated once: they begin so, part where an instruction leaves some out, and join
 again when nothing that can still happen tells them apart.
@@ -34,6 +36,7 @@ _ACT, _ACTAB, _PRE, _PREAB, _RD, _WR, _MACAB, _WRGB, _RDMAC, _REFAB = range(10)
 _OPEN_TICKS, _ASIC_ADDS, _ASIC_MULS, _N_COUNTERS = 10, 11, 12, 13
 _REFRESH, _COLUMN, _DRAIN, _ARRIVAL, _WAIT, _CLOCK, _IDLE, _BUSY = 0, 5, 8, 9, 10, 11, 12, 13
 _WR_GB, _MAC_AB, _RD_MAC, _GEMV, _RD_BK, _WR_BK, _WR_EL = range(7)
+_ADD, _MUL, _SOFTMAX, _LAYERNORM, _RMSNORM, _ROPE, _ARGMAX = 7, 8, 9, 10, 11, 15, 16
 _COMMAND = (7, 6, 8, 6, 4, 5, 5)  # of each operation, once its rows are open
 assert _COMMAND == (_WRGB, _MACAB, _RDMAC, _MACAB, _RD, _WR, _WR)
 _SEQUENCER, _ASIC, _CHANNEL = 0, 1, 2  # units; the channels follow
@@ -45,6 +48,9 @@ assert [arch.CAUSES.index(c) for c in ("refresh", "column", "drain", "arrival", 
 assert [arch.OP[o] for o in ("WR_GB", "MAC_AB", "RD_MAC", "GEMV", "RD_BK", "WR_BK", "WR_EL")] == list(
     range(7)
 )
+assert [arch.OP[o] for o in ("ADD", "MUL", "SOFTMAX", "LAYERNORM", "RMSNORM", "ROPE", "ARGMAX")] == [
+    *(_ADD, _MUL, _SOFTMAX, _LAYERNORM, _RMSNORM, _ROPE, _ARGMAX)
+]
 
 # Fields of a channel's register vector.
 _TIME, _DUE, _SINCE, _UNIFORM, _REF_PRE, _REF_AT, _TRACED = range(7)
@@ -352,18 +358,23 @@ def _execute(p, c, work, start, fold, act, counters):
 
 @njit(**CALLED)
 def _asic_cycles(p, op, elements, outs, counters):
-    """Cycles of an ASIC operation, and its additions and multiplications into the counters."""
+    """Cycles of an ASIC operation, and its additions and multiplications into the counters.
+
+    Block after block, each strip after strip: see `arch.pim_asic`.
+    """
     cycles = 0
-    for k in range(p.pass_start[op], p.pass_start[op + 1]):
-        n = 1 if p.pass_scalar[k] else elements
-        adds, multiplies = n * p.pass_adds[k], n * p.pass_multiplies[k]
-        if p.pass_scalar[k] == 0:
-            issue = max((adds + p.adders - 1) // p.adders, (multiplies + p.multipliers - 1) // p.multipliers)
-            cycles += max(issue, 1)
-        cycles += p.pass_depth[k]
-        counters[_ASIC_ADDS] += adds * outs
-        counters[_ASIC_MULS] += multiplies * outs
-    return max(cycles * outs, 1)
+    for k in range(p.block_start[op], p.block_start[op + 1]):
+        n = 1 if p.block_scalar[k] else elements
+        groups = (n + p.vector_lanes - 1) // p.vector_lanes
+        strips, rest = groups // p.register_rows, groups % p.register_rows
+        waits = p.block_steps[k] - 1
+        cycles += strips * waits * max(p.register_rows, p.step_latency)
+        if rest:
+            cycles += waits * max(rest, p.step_latency)
+        cycles += groups * p.block_interval[k] + p.block_tail[k]
+        counters[_ASIC_ADDS] += n * p.block_adds[k] * outs
+        counters[_ASIC_MULS] += n * p.block_multiplies[k] * outs
+    return cycles * outs
 
 
 # ---- the machine --------------------------------------------------------------------------------------
@@ -373,6 +384,8 @@ class Machine(NamedTuple):
     """State and tables of a run. A class is a set of channels whose states are equal; it is simulated once."""
 
     now: np.ndarray  # int64[1]: the tick at which the next fetch may begin
+    idle: np.ndarray  # int64[2]: the first tick in which the channels, and the ASIC, are idle again
+    asic: np.ndarray  # int64[1]: the first tick of the ASIC that is not yet accounted for
     members: np.ndarray  # int64[classes]: mask of the channels in each class; 0 where the slot is free
     last: np.ndarray  # DramState.last of each class
     history: np.ndarray  # Channel.history of each class: the same memory
@@ -478,11 +491,13 @@ def _run(p, code, m, log, fold):
         tag, op, outs = i["tag"], np.int64(i["op"]), np.int64(i["outs"])
         fetch = next_working(now, P, Q)
         load = next_working(fetch + 1, P, Q)
+        mask = np.int64(i["channels"]) if op <= _WR_EL else 0
+        unit = 0 if mask else 1
         arrived = max(load + 1, i["not_before"])
-        dispatch = next_working(arrived, P, Q)
+        free = m.idle[unit] if p.overlap and i["alongside"] else m.idle.max()
+        dispatch = next_working(max(arrived, free), P, Q)
         complete = dispatch + 1
         asic = m.activity[tag, _ASIC]
-        mask = np.int64(i["channels"]) if op <= _WR_EL else 0
         if mask:
             _split(m, mask)
             repeats = outs if op == _GEMV or op == _WR_EL else 1
@@ -500,28 +515,40 @@ def _run(p, code, m, log, fold):
                     end = _execute(p, _channel(m, k), work, dispatch + 1, fold, m.act[k], m.tally[k])
                     complete = max(complete, end)
         else:
-            cycles = _asic_cycles(p, op, np.int64(i["n"]), outs, m.counters[tag])
+            vectors = outs if op == _SOFTMAX or op == _ROPE else 1
+            cycles = _asic_cycles(p, op, np.int64(i["n"]), vectors, m.counters[tag])
             complete = _after(dispatch, cycles, P, Q) + 1
+            asic[_IDLE] += dispatch + 1 - m.asic[0]
             asic[_BUSY] += cycles
             asic[_CLOCK] += complete - dispatch - 1 - cycles
-            asic[_IDLE] -= complete - dispatch - 1
-        retire = next_working(complete, P, Q)
+            m.asic[0] = complete
+        m.idle[unit] = complete
         sequencer = m.activity[tag, _SEQUENCER]
-        sequencer[_BUSY] += 4
+        sequencer[_BUSY] += 3
         sequencer[_ARRIVAL] += arrived - load - 1
-        sequencer[_WAIT] += complete - dispatch - 1
-        sequencer[_CLOCK] += fetch - now + load - fetch - 1 + dispatch - arrived + retire - complete
-        asic[_IDLE] += retire + 1 - now
-        log[n, 0], log[n, 1], log[n, 2], log[n, 3] = now, dispatch + 1, complete, retire + 1
-        m.now[0] = retire + 1
+        waited = max(free - arrived, 0)
+        sequencer[_WAIT] += waited
+        sequencer[_CLOCK] += fetch - now + load - fetch - 1 + dispatch - arrived - waited
+        after, last = dispatch + 1, complete
+        if not p.overlap:
+            retire = next_working(complete, P, Q)
+            after = last = retire + 1
+            sequencer[_BUSY] += 1
+            sequencer[_WAIT] += complete - dispatch - 1
+            sequencer[_CLOCK] += retire - complete
+        if m.asic[0] < after:
+            asic[_IDLE] += after - m.asic[0]
+            m.asic[0] = after
+        log[n, 0], log[n, 1], log[n, 2], log[n, 3] = now, dispatch + 1, complete, last
+        m.now[0] = after
         classes = 0
         for k in range(len(m.members)):
             # Up to here nothing is asked of the channel; a refresh in between is left to what follows.
             if m.members[k]:
                 v = m.v[k]
-                if v[_DUE] >= retire + 1 and v[_TIME] < retire + 1:
-                    m.act[k, _IDLE] += retire + 1 - v[_TIME]
-                    v[_TIME] = retire + 1
+                if v[_DUE] >= after and v[_TIME] < after:
+                    m.act[k, _IDLE] += after - v[_TIME]
+                    v[_TIME] = after
                 _credit(m, tag, k)
                 classes += 1
         if fold and classes > 1:
@@ -535,11 +562,13 @@ def _finish(p, m):
     Channels are accounted for up to there; what of a refresh lies beyond did not happen.
     """
     nobody = len(m.activity) - 1
-    fetch = next_working(m.now[0], p.asic_p, p.asic_q)
+    free = max(m.now[0], m.idle.max())
+    fetch = next_working(free, p.asic_p, p.asic_q)
     end = fetch + 1
     m.activity[nobody, _SEQUENCER, _BUSY] += 1
-    m.activity[nobody, _SEQUENCER, _CLOCK] += fetch - m.now[0]
-    m.activity[nobody, _ASIC, _IDLE] += end - m.now[0]
+    m.activity[nobody, _SEQUENCER, _WAIT] += free - m.now[0]
+    m.activity[nobody, _SEQUENCER, _CLOCK] += fetch - free
+    m.activity[nobody, _ASIC, _IDLE] += end - m.asic[0]
     for k in range(len(m.members)):
         if m.members[k] == 0:
             continue
@@ -574,6 +603,8 @@ def _new_machine(p: arch.PimParams, n_tags: int, fold: bool, trace: int) -> Mach
         members[0], members[1:] = members.sum(), 0
     return Machine(
         now=np.zeros(1, np.int64),
+        idle=np.zeros(2, np.int64),
+        asic=np.zeros(1, np.int64),
         members=members,
         last=last,
         history=last.reshape(k, -1),
@@ -691,7 +722,43 @@ _PROBLEMS = (
     "bank must be below {n_banks}",
     "lane must be below {lanes}",
     "cols, outs and n must be at least 1",
+    "dst, src, src2, src3 reach beyond the {sram_columns} columns of the SRAM",
 )
+
+
+@njit(cache=True)
+def _columns_end(p, op, i):
+    """The SRAM column behind the last that a channel's operation reaches; 0 where it reaches none."""
+    top = np.int64(0)
+    while (i["channels"] >> (top + 1)) and top < 31:
+        top += 1
+    shift, cols, outs = top * i["stride"], np.int64(i["cols"]), np.int64(i["outs"])
+    if op == _WR_GB or op == _WR_BK:
+        return i["src"] + shift + cols
+    if op == _RD_BK:
+        return i["dst"] + shift + cols
+    if op == _RD_MAC:
+        return i["dst"] + shift + p.bursts
+    if op == _GEMV:
+        return i["dst"] + shift + (outs - 1) * i["pitch"] + p.bursts
+    if op == _WR_EL:
+        return i["src"] + shift + outs * p.bursts
+    return np.int64(0)
+
+
+@njit(cache=True)
+def _vectors_end(p, op, i):
+    """The SRAM column behind the last that an ASIC operation reaches."""
+    columns = (i["n"] + p.lanes - 1) // p.lanes
+    further = (np.int64(i["outs"]) - 1) * i["pitch"] if op == _SOFTMAX or op == _ROPE else 0
+    end = i["src"] + columns + further
+    if op != _ARGMAX:
+        end = max(end, i["dst"] + columns + further)
+    if op == _ADD or op == _MUL or op == _LAYERNORM or op == _RMSNORM or op == _ROPE:
+        end = max(end, i["src2"] + columns)
+    if op == _LAYERNORM or op == _ROPE:
+        end = max(end, i["src3"] + columns)
+    return end
 
 
 @njit(cache=True)
@@ -706,9 +773,13 @@ def _problem(p, code):
         if op > _WR_EL:
             if i["n"] < 1:
                 return n, 7
+            if _vectors_end(p, op, i) > p.sram_columns:
+                return n, 8
             continue
         if i["channels"] == 0 or i["channels"] >> p.channels:
             return n, 1
+        if _columns_end(p, op, i) > p.sram_columns:
+            return n, 8
         buffered = op == _WR_GB or op == _MAC_AB or op == _GEMV
         if buffered and i["gb"] + cols > p.gb_columns:
             return n, 4

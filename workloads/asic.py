@@ -2,65 +2,75 @@
 
 The functions take and give float32 arrays, the last axis being the vector; operands arrive as exact bfloat16
 values and the caller rounds a result once, to bfloat16. In between every operation is one binary32 addition,
-multiplication or comparison, rounded to nearest even, and their number per element is the pass table of
-`tilewright.arch.pim.asic_passes`. Exponents are adjusted for free, and so are special cases selected.
+multiplication or comparison, rounded to nearest even. Exponents are adjusted for free, and so are special
+cases selected. `lanes` is the width of the vector unit, `arch.pim_asic.vector_lanes`.
 
 Methods as in PIM-GPT (Wu, Wang, Lu, npj Unconventional Computing 2024): Taylor series for the exponential,
 Newton-Raphson for the reciprocal, the fast inverse square root (Lomont, "Fast inverse square root", 2003).
 """
 
 from collections.abc import Callable
-from math import factorial, log, pi, sqrt
+from math import factorial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.arch.pim import AsicSection
+from tilewright.arch import pim_asic as arch
+from tilewright.arch.formats import BF16
+from tilewright.arch.pim_asic import AsicSection
+from tilewright.workloads.formats import from_bits, to_bits
 
 F32 = NDArray[np.float32]
 
-_LOG2E = np.float32(1 / log(2))
-_LN2 = np.float32(log(2))
-_RECIPROCAL_SEED = np.uint32(0x7EF311C7)  # minus the bits of d: 1/d within 5.1 %
-_RSQRT_SEED = np.uint32(0x5F3759DF)
-_GELU_CUBIC = np.float32(0.044715)
-_GELU_SCALE = np.float32(-2 * sqrt(2 / pi))
+_LOG2E = np.float32(arch.LOG2E)
+_LN2 = np.float32(arch.LN2)
+_ROUND = np.float32(arch.ROUND)
+_RECIPROCAL_SEED = np.uint32(arch.RECIPROCAL_SEED)
+_RSQRT_SEED = np.uint32(arch.RSQRT_SEED)
+_GELU_CUBIC = np.float32(arch.GELU_CUBIC)
+_GELU_SCALE = np.float32(arch.GELU_SCALE)
 
 
-def reduce(x: F32, asic: AsicSection, join: Callable[[F32, F32], F32], start: float) -> F32:
-    """`join` over the last axis [..., n], kept with length 1, in the order of the ASIC's adders.
+def reduce(x: F32, lanes: int, join: Callable[[F32, F32], F32], start: float) -> F32:
+    """`join` over the last axis [..., n], kept with length 1, in the order of the vector unit.
 
-    Element j goes to partial result j mod adders, in order of j; every partial begins with `start`. The
-    partials, padded with `start` to a power of two, are then joined in adjacent pairs, level by level.
+    The vector, padded with `start`, is cut into groups of `lanes` elements. Each group, padded with `start` to
+    a power of two, is joined in adjacent pairs, level by level; its result is joined to the total, which
+    begins with `start`, group after group.
     """
-    width = 1 << (asic.adders - 1).bit_length()
-    partial = np.full_like(x, start, shape=(*x.shape[:-1], width))
-    for j in range(0, x.shape[-1], asic.adders):
-        row = x[..., j : j + asic.adders]
-        partial[..., : row.shape[-1]] = join(partial[..., : row.shape[-1]], row)
-    while partial.shape[-1] > 1:
-        partial = join(partial[..., 0::2], partial[..., 1::2])
-    return partial
+    *outer, n = x.shape
+    groups = -(-n // lanes)
+    tree = np.full_like(x, start, shape=(*outer, groups, 1 << (lanes - 1).bit_length()))
+    padded = np.full_like(x, start, shape=(*outer, groups * lanes))
+    padded[..., :n] = x
+    tree[..., :lanes] = padded.reshape(*outer, groups, lanes)
+    while tree.shape[-1] > 1:
+        tree = join(tree[..., 0::2], tree[..., 1::2])
+    total = np.full_like(x, start, shape=(*outer, 1))
+    for g in range(groups):
+        total = join(total, tree[..., g, :])
+    return total
 
 
 def exp(x: F32, asic: AsicSection) -> F32:
     """e**x = 2**k p(r): k = x log2(e) to the nearest even integer, r = (x - k ln 2), p the Taylor polynomial.
 
-    The product k ln 2 and the difference are rounded separately. p has `exp_terms` terms after the constant
-    one, by Horner's rule from the highest: p = p r + 1/i!. The factor 2**k only adds to the exponent: above
-    the range the result is infinity, below the smallest normal number +0. exp(-inf) = +0, exp(inf) = inf.
+    k is found by adding 1.5 * 2**23 to the rounded product and subtracting it again. The product k ln 2 and the
+    difference are rounded separately. p has `exp_terms` terms after the constant one, by Horner's rule from the
+    highest: p = p r + 1/i!. The factor 2**k only adds to the exponent: above the range the result is infinity,
+    below the smallest normal number +0. exp(-inf) = +0, exp(inf) = inf.
     """
-    t = np.rint(x * _LOG2E)
-    inside = np.abs(t) < 256
-    k: F32 = np.where(inside, t, np.float32(0))
+    k = x * _LOG2E + _ROUND - _ROUND
     r = x - k * _LN2
     p = np.full_like(x, 1 / factorial(asic.exp_terms))
     for i in reversed(range(asic.exp_terms)):
         p = p * r + np.float32(1 / factorial(i))
-    exponent = k.astype(np.int32)
+    inside = np.abs(k) < arch.SCALE_LIMIT
+    exponent = np.where(inside, k, np.float32(0)).astype(np.int32)
+    p = np.where(inside, p, np.float32(1))
     small = np.frexp(p)[1] + exponent < -125
     scaled = np.where(small, np.float32(0), np.ldexp(p, exponent))
-    outside = np.where(np.signbit(t), np.float32(0), np.float32(np.inf))
+    outside = np.where(np.signbit(k), np.float32(0), np.float32(np.inf))
     return np.where(np.isnan(x), x, np.where(inside, scaled, outside))
 
 
@@ -78,41 +88,46 @@ def reciprocal(d: F32, asic: AsicSection) -> F32:
 def rsqrt(d: F32, asic: AsicSection) -> F32:
     """1/sqrt(d) for d >= 0: a seed from the bits of d, then y = y (1.5 - d/2 y y), `rsqrt_iterations` times.
 
-    The products associate to the left; d/2 only lowers the exponent. For d = 0 the result is large and
+    The products associate to the left. For d = 0 the result is large and
     finite.
     """
-    half = np.ldexp(d, -1)
+    half = d * np.float32(0.5)
     y = (_RSQRT_SEED - (d.view(np.uint32) >> np.uint32(1))).view(np.float32)
     for _ in range(asic.rsqrt_iterations):
         y = y * (np.float32(1.5) - half * y * y)
-    return y
+    return np.where(np.isnan(d), d, y)
 
 
-def softmax(x: F32, scale: np.float32, asic: AsicSection) -> F32:
-    """exp(s - max s) * (1 / sum exp(s - max s)) with s = scale * x, over the last axis."""
+def softmax(x: F32, scale: np.float32, asic: AsicSection, lanes: int) -> F32:
+    """exp(s - max s) * (1 / sum exp(s - max s)) with s = scale * x, over the last axis.
+
+    The exponentials are summed as they are, and rounded to bfloat16 before they are divided: between the two
+    they lie in the SRAM.
+    """
     s = x * scale
-    top = reduce(s, asic, np.maximum, -np.inf)
+    top = reduce(s, lanes, np.maximum, -np.inf)
     e = exp(s - top, asic)
-    return e * reciprocal(reduce(e, asic, np.add, 0), asic)
+    stored = from_bits(to_bits(e, BF16), BF16)
+    return stored * reciprocal(reduce(e, lanes, np.add, 0), asic)
 
 
-def layernorm(x: F32, gain: F32, bias: F32, eps: np.float32, asic: AsicSection) -> F32:
+def layernorm(
+    x: F32, gain: F32, bias: F32, eps: np.float32, share: np.float32, asic: AsicSection, lanes: int
+) -> F32:
     """(x - mean) * rsqrt(variance + eps) * gain + bias, left to right, over the last axis.
 
-    mean = sum x * (1/n) and variance = sum (x - mean)**2 * (1/n), with 1/n rounded to binary32 beforehand.
+    mean = sum x * share and variance = sum (x - mean)**2 * share; share is 1/n.
     """
-    share = np.float32(1 / x.shape[-1])
-    mean = reduce(x, asic, np.add, 0) * share
+    mean = reduce(x, lanes, np.add, 0) * share
     centred = x - mean
-    variance = reduce(centred * centred, asic, np.add, 0) * share
+    variance = reduce(centred * centred, lanes, np.add, 0) * share
     # The vector is read again rather than kept: the second subtraction gives the same values.
     return (x - mean) * rsqrt(variance + eps, asic) * gain + bias
 
 
-def rmsnorm(x: F32, gain: F32, eps: np.float32, asic: AsicSection) -> F32:
+def rmsnorm(x: F32, gain: F32, eps: np.float32, share: np.float32, asic: AsicSection, lanes: int) -> F32:
     """x * rsqrt(mean square + eps) * gain, left to right; the mean as in `layernorm`."""
-    share = np.float32(1 / x.shape[-1])
-    return x * rsqrt(reduce(x * x, asic, np.add, 0) * share + eps, asic) * gain
+    return x * rsqrt(reduce(x * x, lanes, np.add, 0) * share + eps, asic) * gain
 
 
 def gelu(x: F32, asic: AsicSection) -> F32:
@@ -134,9 +149,9 @@ def relu(x: F32) -> F32:
 
 
 def rope(x: F32, cosine: F32, sine: F32) -> F32:
-    """Rotary embedding of [..., n], element i paired with element i + n/2; cosine and sine are [n/2].
+    """Rotary embedding of [..., n], element 2i paired with 2i + 1: x * cosine + (pairs swapped) * sine.
 
-    (a cos - b sin, b cos + a sin): two products and one sum for each element.
+    cosine and sine are [n]: both elements of a pair have its cosine, the first has minus its sine.
     """
-    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return np.concatenate((a * cosine - b * sine, b * cosine + a * sine), axis=-1)
+    swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return swapped * sine + x * cosine

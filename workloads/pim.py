@@ -12,7 +12,8 @@ An image is a dict of arrays:
 | "argmax" | int64 [2]                                    | bfloat16 bits of the best value, its index  |
 
 Rounding is to nearest even, subnormals are kept, every NaN that leaves an operation is the canonical one.
-An instruction reads all its operands before it writes anything.
+An instruction reads all its operands before it writes anything. The ASIC works strip by strip: what it writes
+must not overlap what it reads, unless it is the same place.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from tilewright.arch.formats import BF16, FloatFormat, float_format
 from tilewright.arch.isa import Program
-from tilewright.arch.pim import OPS, PimParams, PimSpec
+from tilewright.arch.pim import N_CHANNEL_OPS, OP, OPS, PimParams, PimSpec
 from tilewright.workloads import asic
 from tilewright.workloads.formats import add, convert, from_bits, multiply, to_bits
 
@@ -49,8 +50,9 @@ def interpret(
 
     `image` is not changed; `decisions` are handed through. Raises ValueError naming the segment and the
     instruction for an access beyond DRAM row, SRAM or global buffer, a mask without channels or with channels
-    that the machine lacks, a bank, lane or count (cols, outs, n: at least 1) out of range, an odd ROPE, and
-    for two channels of one instruction that write the same SRAM column.
+    that the machine lacks, a bank, lane or count (cols, outs, n: at least 1) out of range, an odd ROPE, two
+    channels of one instruction that write the same SRAM column, an ASIC operation whose result overlaps
+    an operand, and an instruction alongside another that it is not independent of.
     """
     machine = Machine(spec, {name: np.array(array) for name, array in image.items()})
     machine.run(program)
@@ -90,6 +92,11 @@ class Machine:
         self.sram = self.image["sram"].reshape(-1, p.lanes)
         self.gb = self.image["gb"].reshape(p.channels, -1, p.lanes)
         self.acc = self.image["acc"]
+        # SRAM columns that the current instruction reads and writes, and those of the instructions that may
+        # still execute, by unit.
+        self.reads: list[NDArray[np.int64]] = []
+        self.writes: list[NDArray[np.int64]] = []
+        self.under_way: dict[str, tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]] = {}
 
     def run(self, program: Program) -> None:
         """All of a program; raises as `interpret` does, with the instructions before the faulty one
@@ -105,9 +112,25 @@ class Machine:
                         raise ValueError(f"segment {s}, instruction {i} ({op}): {error}") from None
 
     def execute(self, op: str, fields: Fields) -> None:
-        """One instruction. Raises ValueError for an operand out of range."""
+        """One instruction. Raises ValueError for an operand out of range, or one that is not independent of an
+        instruction that the other unit may still execute."""
         method: Callable[[Fields], None] = getattr(self, op)
+        self.reads, self.writes = [], []
         method(fields)
+        unit, other = ("channels", "asic") if OP[op] < N_CHANNEL_OPS else ("asic", "channels")
+        if not fields["alongside"]:
+            self.under_way = {}
+        elif other in self.under_way:
+            reads, writes = self.under_way[other]
+            for mine, theirs, what in (
+                (self.reads, writes, "reads what {0} may still write"),
+                (self.writes, writes, "writes what {0} may still write"),
+                (self.writes, reads, "writes what {0} may still read"),
+            ):
+                common = np.intersect1d(_union(mine), _union(theirs))
+                if len(common):
+                    raise ValueError(f"alongside: {what.format(other)}: SRAM column {common[0]}")
+        self.under_way[unit] = self.reads, self.writes
 
     # ---- checked addresses ----------------------------------------------------------------------------
 
@@ -147,7 +170,9 @@ class Machine:
     ) -> Any:
         """SRAM columns [channel, *offsets.shape]: the field plus c * stride plus the offset."""
         base = f[name] + channels * f["stride"]
-        return self._sram(name, base.reshape(-1, *(1,) * offsets.ndim) + offsets)
+        columns = self._sram(name, base.reshape(-1, *(1,) * offsets.ndim) + offsets)
+        (self.writes if name == "dst" else self.reads).append(columns)
+        return columns
 
     def _targets(self, f: Fields, channels: NDArray[np.int64], offsets: NDArray[np.int64]) -> Any:
         """SRAM columns that channels write. No two channels may share one: they run side by side."""
@@ -250,88 +275,105 @@ class Machine:
 
     # ---- ASIC: operands bfloat16, computed in binary32 (see asic.py), rounded once to bfloat16 ----------
 
-    def _load(self, f: Fields, name: str, n: int, outs: int = 1, pitch: int = 0) -> asic.F32:
+    def _load(self, f: Fields, name: str, outs: int = 1, pitch: int = 0) -> asic.F32:
         """`outs` vectors [outs, n]; elements are contiguous from the SRAM column that the field names."""
-        return from_bits(self.image["sram"][self._elements(f, name, n, outs, pitch)], BF16)
+        return from_bits(self.image["sram"][self._elements(f, name, outs, pitch)], BF16)
 
     def _store(self, f: Fields, values: asic.F32, pitch: int = 0) -> None:
         """Elements behind the n-th of the last column keep what they held."""
-        outs, n = values.shape
-        bits = to_bits(values, BF16)
-        for i, where in enumerate(self._elements(f, "dst", n, outs, pitch)):
-            self.image["sram"][where] = bits[i]
+        self.image["sram"][self._elements(f, "dst", len(values), pitch)] = to_bits(values, BF16)
 
-    def _elements(self, f: Fields, name: str, n: int, outs: int, pitch: int) -> NDArray[np.int64]:
+    def _elements(self, f: Fields, name: str, outs: int, pitch: int) -> NDArray[np.int64]:
         lanes = self.params.lanes
-        columns = f[name] + np.arange(outs)[:, None] * pitch
-        self._sram(name, columns + (n - 1) // lanes)
-        return columns * lanes + np.arange(n)
+        first = f[name] + np.arange(outs)[:, None] * pitch
+        columns = self._sram(name, first + np.arange(-(-f["n"] // lanes)))
+        (self.writes if name == "dst" else self.reads).append(columns)
+        return first * lanes + np.arange(f["n"])
 
-    def _unary(self, f: Fields, function: Callable[[asic.F32], asic.F32]) -> None:
-        n = self._count("n", f)
+    def _apart(self, f: Fields, name: str, outs: int, pitch: int, source_pitch: int) -> None:
+        """`dst` must be the same place as an operand, or share no column with it."""
+        columns = -(-f["n"] // self.params.lanes)
+        if outs > 1 and pitch < columns:
+            raise ValueError(f"pitch {pitch}: vectors of {columns} columns overlap")
+        if f[name] == f["dst"] and (outs == 1 or pitch == source_pitch):
+            return
+        dst, src = f["dst"], f[name]
+        if src < dst + (outs - 1) * pitch + columns and dst < src + (outs - 1) * source_pitch + columns:
+            raise ValueError(f"dst {dst} overlaps {name} {src}: they must be equal or apart")
+
+    def _vector(self, f: Fields, function: Callable[..., asic.F32], *names: str) -> None:
+        """dst = function(src, the other operands that are named)"""
+        self._count("n", f)
+        for name in ("src", *names):
+            self._apart(f, name, 1, 0, 0)
         with np.errstate(all="ignore"):
-            self._store(f, function(self._load(f, "src", n)))
+            self._store(f, function(*(self._load(f, name) for name in ("src", *names))))
 
     def ADD(self, f: Fields) -> None:
         """dst = src + src2"""
-        self._unary(f, lambda x: x + self._load(f, "src2", f["n"]))
+        self._vector(f, np.add, "src2")
 
     def MUL(self, f: Fields) -> None:
         """dst = src * src2"""
-        self._unary(f, lambda x: x * self._load(f, "src2", f["n"]))
+        self._vector(f, np.multiply, "src2")
 
     def LAYERNORM(self, f: Fields) -> None:
-        """asic.layernorm; gain src2, bias src3, epsilon the float32 whose bits are imm"""
-        n = f["n"]
-        self._unary(
+        """asic.layernorm; gain src2, bias src3; epsilon and 1/n are the float32 whose bits are imm and imm2"""
+        eps, share, lanes = _float(f["imm"]), _float(f["imm2"]), self.params.vector_lanes
+        self._vector(
             f,
-            lambda x: asic.layernorm(
-                x, self._load(f, "src2", n), self._load(f, "src3", n), _float(f["imm"]), self.asic
-            ),
+            lambda x, gain, bias: asic.layernorm(x, gain, bias, eps, share, self.asic, lanes),
+            "src2",
+            "src3",
         )
 
     def RMSNORM(self, f: Fields) -> None:
-        """asic.rmsnorm; gain src2, epsilon the float32 whose bits are imm"""
-        self._unary(f, lambda x: asic.rmsnorm(x, self._load(f, "src2", f["n"]), _float(f["imm"]), self.asic))
+        """asic.rmsnorm; gain src2; epsilon and 1/n are the float32 whose bits are imm and imm2"""
+        eps, share, lanes = _float(f["imm"]), _float(f["imm2"]), self.params.vector_lanes
+        self._vector(f, lambda x, gain: asic.rmsnorm(x, gain, eps, share, self.asic, lanes), "src2")
 
     def GELU(self, f: Fields) -> None:
         """asic.gelu"""
-        self._unary(f, lambda x: asic.gelu(x, self.asic))
+        self._vector(f, lambda x: asic.gelu(x, self.asic))
 
     def SILU(self, f: Fields) -> None:
         """asic.silu"""
-        self._unary(f, lambda x: asic.silu(x, self.asic))
+        self._vector(f, lambda x: asic.silu(x, self.asic))
 
     def RELU(self, f: Fields) -> None:
         """asic.relu"""
-        self._unary(f, asic.relu)
+        self._vector(f, asic.relu)
 
     def SOFTMAX(self, f: Fields) -> None:
         """asic.softmax of `outs` vectors of n elements: vector i at src + i * pitch to dst + i * pitch. The
         scale is the float32 whose bits are imm."""
-        n, outs, pitch = self._count("n", f), self._count("outs", f), f["pitch"]
+        self._count("n", f)
+        outs, pitch, scale = self._count("outs", f), f["pitch"], _float(f["imm"])
+        self._apart(f, "src", outs, pitch, pitch)
         with np.errstate(all="ignore"):
-            self._store(
-                f, asic.softmax(self._load(f, "src", n, outs, pitch), _float(f["imm"]), self.asic), pitch
-            )
+            x = self._load(f, "src", outs, pitch)
+            self._store(f, asic.softmax(x, scale, self.asic, self.params.vector_lanes), pitch)
 
     def ROPE(self, f: Fields) -> None:
-        """asic.rope of `outs` vectors of n elements (even), pitch columns apart in src and dst; src2 holds
-        n/2
-        cosines and src3 n/2 sines, the same for every vector."""
+        """asic.rope of `outs` vectors of n elements (even), pitch columns apart in src and dst; src2 holds n
+        cosines and src3 n sines, the same for every vector."""
         n, outs, pitch = self._count("n", f), self._count("outs", f), f["pitch"]
         if n % 2:
             raise ValueError(f"n must be even, not {n}")
-        cosine, sine = self._load(f, "src2", n // 2), self._load(f, "src3", n // 2)
+        for name in ("src", "src2", "src3"):
+            self._apart(f, name, outs, pitch, pitch if name == "src" else 0)
         with np.errstate(all="ignore"):
-            self._store(f, asic.rope(self._load(f, "src", n, outs, pitch), cosine, sine), pitch)
+            x = self._load(f, "src", outs, pitch)
+            self._store(f, asic.rope(x, self._load(f, "src2"), self._load(f, "src3")), pitch)
 
     def ARGMAX(self, f: Fields) -> None:
         """With `clear` the best so far becomes -infinity at index imm. Then each of the n elements of src, in
         order, takes its place if it is greater: the first of equals stays, NaN never wins. The index of
-        element j is imm + j."""
+        element j is imm + j, below 2**32."""
         n = self._count("n", f)
-        bits = self.image["sram"][self._elements(f, "src", n, 1, 0)[0]]
+        if f["imm"] + n > 1 << 32:
+            raise ValueError(f"imm {f['imm']} + n {n} exceed the 32 bits of an index")
+        bits = self.image["sram"][self._elements(f, "src", 1, 0)[0]]
         state = self.image["argmax"]
         if f["clear"]:
             state[:] = _NEGATIVE_INFINITY, f["imm"]
@@ -341,6 +383,10 @@ class Machine:
         j = int(np.argmax(values))
         if values[j] > from_bits(state[0], BF16):
             state[:] = bits[j], f["imm"] + j
+
+
+def _union(columns: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([c.reshape(-1) for c in columns]) if columns else np.zeros(0, np.int64)
 
 
 def _float(bits: int) -> np.float32:

@@ -15,6 +15,13 @@ Padding is sound as long as the KV cache is zero where nothing was written: the 
 there yet are then q * 0 = 0 in a whole column, the softmax leaves them alone, and 0 * 0 adds nothing to the
 values.
 
+- Rotary embedding: rows 2i and 2i + 1 of a head of Q or K are the model's rows i and i + head_dim / 2, which
+  turn together.
+
+With `asic.overlap` the outputs of a matrix come tile by tile, so that the ASIC works on one while the channels
+compute the next, and the softmax of one group of heads goes with scores and values of its neighbours; see
+`overlap.py`. Values are the same bit for bit.
+
 Mapping after Wu, Wang, Lu, "PIM-GPT", npj Unconventional Computing 2024: concatenated heads, weights
 packed for row hits, keys row-major and values column-major.
 """

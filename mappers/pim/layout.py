@@ -14,6 +14,10 @@ from tilewright.workloads.models import ModelConfig
 ACTIVATIONS = {"gelu_tanh": "GELU", "silu": "SILU", "relu": "RELU"}
 
 
+OVERLAPPED_TILES = 8
+"""Tiles that outputs are cut into if the ASIC works on one while the channels compute the next."""
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -61,6 +65,7 @@ class Layout:
         Raises UserError if the model does not fit, or for a value of `mapping` that is not allowed.
         """
         self.spec, self.model, self.batch = spec, model, batch
+        self.overlap = spec.asic.overlap
         self.lm_head, self.embedding = lm_head, embedding
         self.p = p = spec.params()
         given = _Given(mapping or {}, "mapping")
@@ -82,7 +87,7 @@ class Layout:
         self.context_cols = ceil_div(self.tokens, p.lanes)
         self.score_cols = ceil_div(self.tokens, p.n_banks) * p.bursts
         self.d_cols, self.ff_cols = ceil_div(model.d_model, p.lanes), ceil_div(model.d_ff, p.lanes)
-        self.rope_cols = ceil_div(model.head_dim // 2, p.lanes)
+        self.rope_cols = ceil_div(model.head_dim, p.lanes)
         if self.head_cols > p.gb_columns:
             raise UserError(
                 f"{model.name} does not fit {spec.name}: a head of {model.head_dim} needs {self.head_cols} "
@@ -221,7 +226,8 @@ class Layout:
     def _place_sram(self, given: "_Given", tiles: "_Given") -> None:
         """x: residual; h: normed input, attention output; y: QKV or MLP; z: branch output; work: the rest.
 
-        The logits overlay what lies behind h."""
+        The logits overlay what lies behind h. With overlap there are two buffers for what the channels write
+        while the ASIC still reads the last, and vectors that are loaded early have a place of their own."""
         p, m = self.p, self.model
         by_operator = self.layer_matrices
         wide = [x.outs for name, x in by_operator.items() if name in ("qkv", "up", "gate_up")]
@@ -237,8 +243,11 @@ class Layout:
         rotary = p.channels * self.striped(2 * self.rope_cols * p.lanes) if m.position == "rotary" else 0
         group = m.heads // m.kv_heads * p.channels  # heads of a slot
         partial = self.head_cols if self.context_cols > p.gb_columns else 0
+        self.buffers = 1 + self.overlap
+        self.scratch = p.channels * self.vector_pitch * self.overlap
         sizes["work"] = max(
-            loads, rotary, self.unit * segmented, min(group, m.heads) * (self.score_cols + partial)
+            self.scratch + max(loads, rotary, self.buffers * self.unit * segmented),
+            min(group, m.heads) * (self.score_cols + partial),
         )
         need = sum(sizes.values())
         if need > p.sram_columns:
@@ -262,24 +271,32 @@ class Layout:
         )
         tiles.keys("lm_head_outs", "partial_outs", "attention_slots")
         outs = max(x.outs for x in by_operator.values())
-        most = min(outs, max(1, work // self.unit))
-        self.partial_outs = tiles.whole("partial_outs", most, 1, most)
-        most = max(s for s in range(1, self.slots + 1) if self._attention(s) <= work)
-        self.attention_slots = tiles.whole("attention_slots", most, 1, most)
+        most = min(outs, max(1, (work - self.scratch) // (self.buffers * self.unit)))
+        self.partial_outs = tiles.whole("partial_outs", self._tile(outs, most), 1, most)
+        regions = self.buffers if self.slots > 1 and self.buffers * self.attention_cols(1) <= work else 1
+        most = max(s for s in range(1, self.slots + 1) if regions * self.attention_cols(s) <= work)
+        self.attention_slots = tiles.whole("attention_slots", 1 if regions > 1 else most, 1, most)
+        self.attention_regions = regions
         self.lm_head_outs = 0
         if self.lm_head:
             head = self.matrices["lm_head"]
-            most = min(head.outs, room // self.unit // (1 if head.cols == head.segment else 2))
+            buffers = self.buffers + (head.cols != head.segment)
+            most = min(head.outs, room // self.unit // buffers)
             if most < 1:
                 raise UserError(
                     f"{m.name} does not fit {self.spec.name}: asic.sram_bytes leave no room for logits"
                 )
-            even = ceil_div(head.outs, ceil_div(head.outs, most))
+            tile = self._tile(head.outs, most)
+            even = ceil_div(head.outs, ceil_div(head.outs, tile))
             self.lm_head_outs = tiles.whole("lm_head_outs", even, 1, most)
         else:
             tiles.same("lm_head_outs", 0)
 
-    def _attention(self, slots: int) -> int:
+    def _tile(self, outs: int, most: int) -> int:
+        """Outs of a tile: as many as there is room for, or few enough that little is left to the last one."""
+        return min(most, ceil_div(outs, OVERLAPPED_TILES)) if self.overlap else most
+
+    def attention_cols(self, slots: int) -> int:
         """SRAM columns for scores, and partial values where the context exceeds the global buffer."""
         per_head = self.score_cols + (self.head_cols if self.context_cols > self.p.gb_columns else 0)
         return len(self.slot_heads(0, slots)) * per_head

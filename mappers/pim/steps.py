@@ -13,6 +13,7 @@ from tilewright.arch.isa import Segment
 from tilewright.arch.pim import ISA, OP
 from tilewright.arch.scenario import Scenario
 from tilewright.mappers.pim.layout import ACTIVATIONS, Layout, ceil_div
+from tilewright.mappers.pim.overlap import schedule, sram_use
 from tilewright.workloads.graph import Operator, decode_step
 
 _CODE = ISA.record("code")
@@ -36,12 +37,17 @@ class Moving:
     def __radd__(self, constant: int) -> "Moving":
         return Moving(self.variable, self.factor, self.constant + constant)
 
+    def value(self, variables: NDArray[np.int64]) -> int:
+        return self.constant + self.factor * int(variables[self.variable])
+
 
 # What a step depends on; `_variables` computes them.
 TOKENS, BLOCKS, COLUMNS, BANK, BLOCK, LANE, COLUMN, POSITION_BANK, POSITION_BLOCK = map(Moving, range(9))
 TOKEN_CHANNEL, TOKEN_BANK, TOKEN_OUT, TABLE_BANK, TABLE_BLOCK = map(Moving, range(9, 14))
 
 Value = int | Moving
+Record = tuple[str, Mapping[str, Value]]
+"""Name of an operation, and its fields."""
 
 
 def _variables(layout: Layout, context: int, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -74,7 +80,7 @@ def _variables(layout: Layout, context: int, tokens: NDArray[np.int64]) -> NDArr
 class Template:
     """The records of a step, and which of their fields move with the step's variables."""
 
-    def __init__(self, records: Sequence[tuple[str, Mapping[str, Value]]], columns: int) -> None:
+    def __init__(self, records: Sequence[Record], columns: int) -> None:
         self.columns = columns
         self.code = np.zeros(len(records), _CODE.dtype)
         for f in _CODE.layout:
@@ -122,7 +128,7 @@ class _Emitter:
     sequence: int
     context_segments: int
     """Global buffers that the softmax weights of one head fill."""
-    records: list[tuple[str, Mapping[str, Value]]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     tag: int = 0
     layer: int = -1
 
@@ -131,13 +137,14 @@ class _Emitter:
             "embedding": self.embedding, "positions": self.positions, "attention_norm": self.norm,
             "qkv": self.qkv, "rotary": self.rotary, "kv_append": self.kv_append, "scores": self.attention,
             "attention_out": self.attention_out, "attention_add": self.add, "mlp_norm": self.norm,
-            "up": self.up, "gate_up": self.up, "activation": self.activation, "gate": self.gate,
+            "up": self.up, "gate_up": self.up,
             "down": self.down, "mlp_add": self.add, "final_norm": self.norm, "lm_head": self.head,
         }  # fmt: skip
         for tag, operator in enumerate(operators):
             self.tag, self.layer = tag, operator.layer
-            # Softmax and values come with the scores, argmax with the LM head: tile by tile.
-            if operator.name not in ("softmax", "values", "argmax"):
+            # Softmax and values come with the scores, activation and gate with the outputs that they take,
+            # argmax with the LM head: tile by tile.
+            if operator.name not in ("softmax", "values", "activation", "gate", "argmax"):
                 handlers[operator.name](operator.name)
 
     def emit(self, op: str, *, following: int = 0, **fields: Value) -> None:
@@ -196,37 +203,55 @@ class _Emitter:
     def norm(self, name: str) -> None:
         lay, s = self.layout, self.layout.sram
         m, lanes = lay.model, lay.p.lanes
-        gain, bias = s["work"], self.load(f"{name}.gain", s["work"])
+        gain = s["work"] + lay.scratch
+        bias = self.load(f"{name}.gain", gain)
         if m.d_model % lanes:
             # The last column of h goes to the global buffer whole: its end must be zero, as that of x is.
             last = lay.d_cols - 1
             self.emit("ADD", dst=s["h"] + last, src=s["x"] + last, src2=s["x"] + last, n=lanes)
-        fields = {"dst": s["h"], "src": s["x"], "src2": gain, "n": m.d_model, "imm": float_bits(m.norm_eps)}
+        fields = {"dst": s["h"], "src": s["x"], "src2": gain, "n": m.d_model}
+        fields |= {"imm": float_bits(m.norm_eps), "imm2": float_bits(1 / m.d_model)}
         if m.norm == "layernorm":
             self.load(f"{name}.bias", bias)
             self.emit("LAYERNORM", src3=bias, **fields)
         else:
             self.emit("RMSNORM", **fields)
 
-    def linear(self, name: str, src: str, dst: str) -> None:
+    def linear(
+        self, name: str, src: str, dst: str, then: Callable[[int, int], None] = lambda first, last: None
+    ) -> None:
         """Segments of the input one after the other; partial sums are added from left to right, then the
-        bias."""
+        bias. `then` is called with the first of the columns behind dst that are ready, and the one behind the
+        last: tile by tile with overlap."""
         lay, s = self.layout, self.layout.sram
-        matrix, unit = lay.matrices[self.named(name)], lay.unit
+        matrix, unit, lanes = lay.matrices[self.named(name)], lay.unit, lay.p.lanes
+        biased, columns = f"{self.named(name)}.bias" in lay.vectors, ceil_div(matrix.n, lanes)
+
+        def finish(first: int, last: int) -> None:
+            if biased:
+                at, bias = s[dst] + first, s["work"] + first
+                self.emit("ADD", dst=at, src=at, src2=bias, n=(last - first) * lanes)
+            then(first, last)
+
+        if biased and lay.overlap:
+            self.load(f"{name}.bias", s["work"])
         for start, cols, base in matrix.segments():
             self.emit("WR_GB", channels=self.everywhere, cols=cols, src=s[src] + start)
-            tile = matrix.outs if start == 0 else lay.partial_outs
-            for o in range(0, matrix.outs, tile):
+            tiled = lay.overlap and start + cols == matrix.cols
+            tile = lay.partial_outs if start or tiled else matrix.outs
+            for i, o in enumerate(range(0, matrix.outs, tile)):
                 outs = min(tile, matrix.outs - o)
-                to = s[dst] if start == 0 else s["work"]
+                at = s[dst] + o * unit
+                to = s["work"] + lay.scratch + i % lay.buffers * tile * unit if start else at
                 self.gemv(base + o * cols, cols, outs, to)
                 if start:
-                    at, n = s[dst] + o * unit, outs * unit * lay.p.lanes
-                    self.emit("ADD", dst=at, src=at, src2=to, n=n)
-        if f"{self.named(name)}.bias" in lay.vectors:
-            self.load(f"{name}.bias", s["work"])
-            n = ceil_div(matrix.n, lay.p.lanes) * lay.p.lanes
-            self.emit("ADD", dst=s[dst], src=s[dst], src2=s["work"], n=n)
+                    self.emit("ADD", dst=at, src=at, src2=to, n=outs * unit * lanes)
+                if tiled:
+                    finish(o * unit, min((o + outs) * unit, columns))
+        if not lay.overlap:
+            if biased:
+                self.load(f"{name}.bias", s["work"])
+            finish(0, columns)
 
     def gemv(self, address: int, cols: int, outs: int, dst: int) -> None:
         lay = self.layout
@@ -242,27 +267,33 @@ class _Emitter:
         self.linear(name, "h", "z")
 
     def up(self, name: str) -> None:
-        self.linear(name, "h", "y")
+        self.linear(name, "h", "y", self.activate)
 
     def down(self, name: str) -> None:
         self.linear(name, "y", "z")
 
-    def activation(self, _: str) -> None:
-        lay = self.layout
-        y = lay.sram["y"]
-        self.emit(ACTIVATIONS[lay.model.activation], dst=y, src=y, n=lay.model.d_ff)
+    def activate(self, first: int, last: int) -> None:
+        """Activation of columns `first` to `last` - 1 of y; those of a gate, which come first, multiply the
+        ones of `up` behind them."""
+        lay, m = self.layout, self.layout.model
+        gate, lanes = lay.ff_cols, lay.p.lanes
 
-    def gate(self, _: str) -> None:
-        lay = self.layout
-        y = lay.sram["y"]
-        self.emit("MUL", dst=y, src=y, src2=y + lay.ff_cols, n=lay.model.d_ff)
+        def each(op: str, following: int, start: int, stop: int, **fields: int) -> None:
+            if start < stop:
+                at, n = lay.sram["y"] + start, min(stop * lanes, m.d_ff) - start * lanes
+                more = {name: value + start for name, value in fields.items()}
+                self.emit(op, following=following, dst=at, src=at, n=n, **more)
+
+        each(ACTIVATIONS[m.activation], 1, first, min(last, gate))
+        each("MUL", 2, max(first - gate, 0), last - gate, src2=lay.sram["y"] + gate)
 
     def rotary(self, _: str) -> None:
         """Q and K lie one behind the other: one instruction turns all heads."""
         lay, s, m = self.layout, self.layout.sram, self.layout.model
-        self.load_row("rotary", BANK, BLOCK, 2 * lay.rope_cols * lay.p.lanes, s["work"])
+        table = s["work"] + lay.scratch
+        self.load_row("rotary", BANK, BLOCK, 2 * lay.rope_cols * lay.p.lanes, table)
         self.emit(
-            "ROPE", dst=s["y"], src=s["y"], src2=s["work"], src3=s["work"] + lay.rope_cols, n=m.head_dim,
+            "ROPE", dst=s["y"], src=s["y"], src2=table, src3=table + lay.rope_cols, n=m.head_dim,
             outs=m.heads + m.kv_heads, pitch=lay.head_cols,
         )  # fmt: skip
 
@@ -288,21 +319,33 @@ class _Emitter:
             )  # fmt: skip
 
     def attention(self, _: str) -> None:
-        """Scores, softmax and values of as many slots at a time as the SRAM holds."""
+        """Scores, softmax and values of some slots at a time; where the SRAM has regions for two groups, the
+        values of one come behind the softmax of the next."""
         lay, m = self.layout, self.layout.model
-        for first in range(0, lay.slots, lay.attention_slots):
-            slots = range(first, min(first + lay.attention_slots, lay.slots))
-            heads = lay.slot_heads(slots.start, slots.stop)
-            for slot in slots:
-                self.scores(slot, heads)
-            work = lay.sram["work"]
-            self.emit(
-                "SOFTMAX", following=1, dst=work, src=work, n=TOKENS, outs=len(heads), pitch=lay.score_cols,
-                imm=float_bits(1 / sqrt(m.head_dim)),
-            )  # fmt: skip
-            self.values(slots, heads)
+        groups = [
+            range(first, min(first + lay.attention_slots, lay.slots))
+            for first in range(0, lay.slots, lay.attention_slots)
+        ]
+        late = lay.attention_regions - 1
+        for i in range(len(groups) + late):
+            if i < len(groups):
+                heads, work = lay.slot_heads(groups[i].start, groups[i].stop), self.region(i)
+                for slot in groups[i]:
+                    self.scores(slot, heads, work)
+                self.emit(
+                    "SOFTMAX", following=1, dst=work, src=work, n=TOKENS, outs=len(heads),
+                    pitch=lay.score_cols, imm=float_bits(1 / sqrt(m.head_dim)),
+                )  # fmt: skip
+            if i >= late:
+                slots = groups[i - late]
+                self.values(slots, lay.slot_heads(slots.start, slots.stop), self.region(i - late))
 
-    def scores(self, slot: int, heads: range) -> None:
+    def region(self, group: int) -> int:
+        """First SRAM column of the scores of a group of slots."""
+        lay = self.layout
+        return lay.sram["work"] + group % lay.attention_regions * lay.attention_cols(lay.attention_slots)
+
+    def scores(self, slot: int, heads: range, work: int) -> None:
         """Each channel takes the query heads that share its KV head, as many as the global buffer holds."""
         lay, m, cols = self.layout, self.layout.model, self.layout.head_cols
         share, mask = m.heads // m.kv_heads, self.slot_mask(slot)
@@ -317,13 +360,13 @@ class _Emitter:
             self.emit(
                 "GEMV", channels=mask, address=lay.cache(self.layer, 0, self.sequence, slot),
                 gb=i % at_once * cols, cols=cols, outs=BLOCKS, pitch=lay.p.bursts,
-                dst=lay.sram["work"] + (head - heads.start) * lay.score_cols, stride=share * lay.score_cols,
+                dst=work + (head - heads.start) * lay.score_cols, stride=share * lay.score_cols,
             )  # fmt: skip
 
-    def values(self, slots: range, heads: range) -> None:
+    def values(self, slots: range, heads: range, work: int) -> None:
         """Contexts beyond the global buffer in segments, whose partial sums are added from left to right."""
         lay, m, size = self.layout, self.layout.model, self.layout.p.gb_columns
-        share, work = m.heads // m.kv_heads, lay.sram["work"]
+        share = m.heads // m.kv_heads
         out, partial = lay.sram["h"] + heads.start * lay.head_cols, work + len(heads) * lay.score_cols
         for segment in range(self.context_segments):
             start = segment * size
@@ -352,11 +395,11 @@ class _Emitter:
     def head(self, name: str) -> None:
         """Logits tile by tile, each followed by its share of the maximum: they need not fit the SRAM."""
         lay, s = self.layout, self.layout.sram
-        matrix, at = lay.matrices[name], lay.sram["logits"]
-        partial = at + lay.lm_head_outs * lay.unit
+        matrix, tile = lay.matrices[name], lay.lm_head_outs * lay.unit
+        partial = lay.sram["logits"] + lay.buffers * tile
         per_out = lay.p.channels * lay.p.n_banks
-        for o in range(0, matrix.outs, lay.lm_head_outs):
-            outs = min(lay.lm_head_outs, matrix.outs - o)
+        for i, o in enumerate(range(0, matrix.outs, lay.lm_head_outs)):
+            outs, at = min(lay.lm_head_outs, matrix.outs - o), lay.sram["logits"] + i % lay.buffers * tile
             for start, cols, base in matrix.segments():
                 if o == 0 or matrix.cols > matrix.segment:
                     self.emit("WR_GB", channels=self.everywhere, cols=cols, src=s["h"] + start)
@@ -402,5 +445,20 @@ class Steps:
             for sequence in range(self.layout.batch):
                 emitter = _Emitter(self.layout, sequence, kind[1])
                 emitter.walk(self.operators if head else self.body)
-                self.templates[kind].append(Template(emitter.records, self.layout.p.columns))
+                records = self.overlapped(emitter.records) if self.layout.overlap else emitter.records
+                self.templates[kind].append(Template(records, self.layout.p.columns))
         return self.templates[kind]
+
+    def overlapped(self, records: Sequence[Record]) -> list[Record]:
+        """The records in an order for overlap, and what may be alongside, for all steps alike: what moves
+        counts as far as it goes in any of them."""
+        largest = self.variables.max(axis=(0, 1))
+        uses = [
+            sram_use(
+                self.layout.p,
+                op,
+                {name: v.value(largest) if isinstance(v, Moving) else v for name, v in fields.items()},
+            )
+            for op, fields in records
+        ]
+        return [(records[i][0], {**records[i][1], "alongside": int(a)}) for i, a in schedule(uses)]

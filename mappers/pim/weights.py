@@ -20,7 +20,7 @@ def place_weights(
 ) -> Image:
     """The image that a program mapped with `document` starts from: bfloat16 weights, an empty KV cache.
 
-    A matrix is [in, out], under "layer 0 qkv" (Q, K and V heads side by side), "layer 0 attention_out",
+    A matrix is [in, out], its outputs in the model's order, under "layer 0 qkv" (Q, K and V heads side by side), "layer 0 attention_out",
     "layer 0 up" or "layer 0 gate_up" (gate first), "layer 0 down" and, unless tied, "lm_head". Vectors:
     "layer 0 qkv.bias", "layer 0 attention_norm.gain", ".bias", "layer 0 mlp_norm...", "final_norm...".
     Tables: "embedding" [vocab, d_model], "positions" [position_rows, d_model]. The rotary table is computed.
@@ -65,13 +65,15 @@ class _Placer:
             for name in lay.layer_matrices:
                 key = f"layer {layer} {name}"
                 w = self.get(key, shapes[name])
+                order = self.order(name, w.shape[1])
+                w = w[:, order]
                 if name == "attention_out":
                     w = padded(w, 0, m.head_dim, head)
                 if name in out_pads:
                     w = padded(w, 1, *out_pads[name])
                 self.matrix(lay.matrices[key], w)
                 if f"{name}.bias" in lay.layer_vectors:
-                    bias = self.get(f"{key}.bias", shapes[name][1:])
+                    bias = self.get(f"{key}.bias", shapes[name][1:])[order]
                     self.vector(f"{key}.bias", padded(bias, 0, *out_pads.get(name, (bias.size, bias.size))))
             for norm in ("attention_norm", "mlp_norm"):
                 self.norm(f"layer {layer} {norm}")
@@ -132,8 +134,19 @@ class _Placer:
         for i, row in enumerate(rows):
             self.stripe(i % lay.p.n_banks, lay.base[name] + i // lay.p.n_banks * cols, cols, row)
 
+    def order(self, name: str, outputs: int) -> NDArray[np.int64]:
+        """Which output of a matrix lies in which place. The rotary embedding turns element i of a head with
+        element i + head_dim / 2: in Q and K they become neighbours, which leaves q k as it is."""
+        m, places = self.layout.model, np.arange(outputs)
+        if name == "qkv" and m.position == "rotary":
+            turned = (m.heads + m.kv_heads) * m.head_dim
+            pairs = places[:turned].reshape(-1, 2, m.head_dim // 2).swapaxes(1, 2)
+            places[:turned] = pairs.ravel()
+        return places
+
     def rotary(self) -> NDArray[np.float64]:
-        """A row for each position: cosines, then sines, each in whole columns. Angle i: position *
+        """A row for each position: a cosine for each element, then as many sines, each in whole columns. A
+        pair's two elements have the same cosine; the first has minus the sine. Angle of pair i: position *
         theta**(-2i / head_dim) (Su et al., "RoFormer", 2021)."""
         lay, m = self.layout, self.layout.model
         half, width = m.head_dim // 2, lay.rope_cols * lay.p.lanes
@@ -141,5 +154,6 @@ class _Placer:
             np.arange(lay.tokens)[:, None] * float(m.rope_theta or 0) ** (-np.arange(half) / half)[None, :]
         )
         rows = np.zeros((lay.tokens, 2 * width))
-        rows[:, :half], rows[:, width : width + half] = np.cos(angles), np.sin(angles)
+        rows[:, : m.head_dim] = np.repeat(np.cos(angles), 2, axis=1)
+        rows[:, width : width + m.head_dim] = np.repeat(np.sin(angles), 2, axis=1) * np.tile([-1, 1], half)
         return rows

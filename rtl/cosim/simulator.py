@@ -160,6 +160,23 @@ def _locked(path: Path):
         yield
 
 
+KEPT = 100  # builds in the cache
+
+
+def _forget(cache: Path):
+    """Remove the builds that have not been asked for longest, beyond the number that is kept."""
+
+    def used(build: Path):
+        with contextlib.suppress(OSError):  # another process may be removing it, too
+            return build.stat().st_mtime
+        return 0.0
+
+    builds = sorted((b for b in cache.iterdir() if b.is_dir() and not b.suffix), key=used, reverse=True)
+    for build in builds[KEPT:]:
+        shutil.rmtree(build, ignore_errors=True)
+        build.with_suffix(".lock").unlink(missing_ok=True)
+
+
 # Whatever is public costs optimisation: only what the bench touches is, the ports and memories called `mem`.
 _PUBLIC = """`verilator_config
 public_flat_rw -module "{top}" -var "clk"
@@ -226,6 +243,7 @@ def build(
     folder = cache_root() / "simulators" / digest.hexdigest()[:24]
     result = Build(folder, top, waves)
     if result.program.exists():
+        os.utime(folder)
         return result
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -256,6 +274,7 @@ def build(
             (work / "obj" / "simulator").rename(work / "simulator")
             shutil.rmtree(work / "obj")
             work.rename(folder)
+            _forget(folder.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return result

@@ -1,8 +1,8 @@
-"""PIM-GPT as RTL: the channels of the machine behind a host port."""
+"""PIM-GPT as RTL: the whole machine behind a host port."""
 
 from tilewright.arch import formats
 from tilewright.arch.pim import PimParams, PimSpec
-from tilewright.rtl.pim.top import ChannelTop
+from tilewright.rtl.pim.top import Top
 
 CODE_DEPTH = 64
 
@@ -12,11 +12,13 @@ def accumulator_format(spec: PimSpec) -> formats.FloatFormat:
     return {"fp32": formats.FP32, "bf16": formats.BF16, "fp16": formats.FP16}[spec.pim.accumulator]
 
 
-def top(
-    spec: PimSpec, params: PimParams | None = None, depth: int = CODE_DEPTH, trace_depth: int = 0
-) -> ChannelTop:
+def top(spec: PimSpec, params: PimParams | None = None, depth: int = CODE_DEPTH, trace_depth: int = 0) -> Top:
     """The machine that the spec describes."""
     accumulator = accumulator_format(spec)
-    return ChannelTop(
-        params=params or spec.params(), depth=depth, accumulator=accumulator, trace_depth=trace_depth
+    return Top(
+        params=params or spec.params(),
+        depth=depth,
+        accumulator=accumulator,
+        asic=spec.asic,
+        trace_depth=trace_depth,
     )

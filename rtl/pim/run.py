@@ -28,7 +28,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the RTL did: its Timeline (units: sequencer and channels) and the image it left, or an error."""
+    """What the RTL did: its Timeline (counters and stalls of the whole run) and the image it left, or an error."""
 
     timeline: Timeline | None
     image: Image
@@ -65,7 +65,7 @@ def run_cases(
 
     `depth` and `trace_depth` are those of the build; a Timeline has a trace if it has logs. `slack` is added
     to the ticks after which a run counts as hung. Raises ValueError for a program longer
-    than `depth` or with instructions that no unit of this RTL executes.
+    than `depth`.
     """
     jobs = [_job(case, depth, trace_depth, 200_000 + slack) for case in cases]
     return [
@@ -96,14 +96,12 @@ def _job(case: Case, depth: int, trace_depth: int, max_ticks: int) -> Job:
     code = flatten(case.program)
     if len(code) > depth:
         raise ValueError(f"the RTL's code memory holds {depth} instructions, not {len(code)}")
-    if (code["op"] >= arch.N_CHANNEL_OPS).any():
-        op = arch.OPS[int(code["op"][code["op"] >= arch.N_CHANNEL_OPS][0])].name
-        raise ValueError(f"{op} is an operation of the ASIC, whose arithmetic this RTL does not have yet")
     layout = arch.hostmap(p, depth, trace_depth)
     encoded = [
         int.from_bytes(w.astype("<u4").tobytes(), "little") for w in arch.ISA.record("code").encode(code)
     ]
-    registers = np.array(arch.register_values(p, len(code)), np.int64)
+    best = (int(case.image["argmax"][0]), int(case.image["argmax"][1]))
+    registers = np.array(arch.register_values(p, len(code), best), np.int64)
     writes = [
         (layout.base("registers"), layout.pack("registers", registers)),
         (layout.base("code"), layout.pack("code", encoded)),
@@ -146,6 +144,7 @@ def _outcome(case: Case, depth: int, trace_depth: int, result) -> Outcome:
         "sram": _elements(layout.unpack("sram", sram_words), p.lanes),
         "gb": np.stack([_elements(layout.unpack(f"gb_{c}", w), p.lanes) for c, w in enumerate(gb_words)]),
         "acc": np.array(acc, np.uint32),
+        "argmax": np.array([int(status[f"argmax_{part}"]) for part in ("value", "index")], np.int64),
     }
     timeline = _timeline(case, status, code["tag"], firsts, ends)
     if trace_depth:
@@ -174,20 +173,23 @@ def _timeline(
     case: Case, status: Mapping[str, int], tags: np.ndarray, firsts: np.ndarray, ends: np.ndarray
 ) -> Timeline:
     p = case.params
-    units = ("sequencer", *(f"channel {c}" for c in range(p.channels)))
+    units = ("sequencer", "asic", *(f"channel {c}" for c in range(p.channels)))
     n_tags = max(len(case.program.tags), int(tags.max(initial=-1)) + 1)
     # Counters and stalls are of the whole run: they belong to no tag.
-    counters = np.zeros((n_tags + 1, len(arch.COUNTERS)), np.int64)
+    names = (*arch.COUNTERS, *arch.ASIC_COUNTERS)
+    counters = np.zeros((n_tags + 1, len(names)), np.int64)
     activity = np.zeros((n_tags + 1, len(units), 1 + len(arch.CAUSES)), np.int64)
     for k, name in enumerate(arch.COUNTERS):
         counters[-1, k] = sum(int(status[f"channel {c}.{name}"]) for c in range(p.channels))
+    for k, name in enumerate(arch.ASIC_COUNTERS, len(arch.COUNTERS)):
+        counters[-1, k] = int(status[name])
     for u, unit in enumerate(units):
         activity[-1, u] = [int(status[f"{unit}.{cause}"]) for cause in ("busy", *arch.CAUSES)]
     return Timeline(
         ticks=int(status["ticks"]),
         tags=[*case.program.tags, *(f"tag {i}" for i in range(len(case.program.tags), n_tags))],
         spans=fold_spans(tags, firsts, ends, 0) if len(tags) else np.zeros(0, SPAN),
-        counter_names=arch.COUNTERS,
+        counter_names=names,
         counters=counters,
         units=units,
         causes=arch.CAUSES,

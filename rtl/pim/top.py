@@ -1,4 +1,4 @@
-"""The channels behind a host port."""
+"""The machine behind a host port."""
 
 from amaranth.hdl import Assert, C, Cat, Module, Mux, Signal
 from amaranth.lib import wiring
@@ -7,19 +7,19 @@ from amaranth.lib.wiring import Out, connect, flipped
 
 from tilewright.arch import formats
 from tilewright.arch.pim import CAUSES, ISA, TRACE_FIELDS, PimParams, hostmap, registers
+from tilewright.arch.pim_asic import AsicSection
 from tilewright.rtl.host import HostDecoder, HostPort
 from tilewright.rtl.layouts import layout_of
-from tilewright.rtl.lib.memory import BlackBoxMemory
+from tilewright.rtl.pim.asic import VectorUnit
 from tilewright.rtl.pim.channel import Channel
-from tilewright.rtl.pim.sequencer import Sequencer
-
-SMALL_BITS = 64 * 1024 * 8  # larger memories are black boxes
+from tilewright.rtl.pim.sequencer import UNITS, Sequencer
 
 
-class ChannelTop(wiring.Component):
-    """Code memory, sequencer, SRAM and `params.channels` channels; the ASIC's arithmetic is not part of it.
+class Top(wiring.Component):
+    """Code memory, sequencer, SRAM, `params.channels` channels and the ASIC's vector unit.
 
-    Every channel has a read and a write port of its own into the SRAM.
+    Every channel has a read and a write port of its own into the SRAM; the vector unit has one of each for every
+    column of a group.
 
     Parameters
     ----------
@@ -28,6 +28,8 @@ class ChannelTop(wiring.Component):
     depth : int
         Instructions that the code memory holds.
     accumulator : FloatFormat
+    asic : AsicSection
+        What the microprograms are made of.
     trace_depth : int
         The first DRAM commands of a run that are logged for each channel, for verification; 0: no logs.
 
@@ -39,10 +41,16 @@ class ChannelTop(wiring.Component):
     """
 
     def __init__(
-        self, *, params: PimParams, depth: int, accumulator: formats.FloatFormat, trace_depth: int = 0
+        self,
+        *,
+        params: PimParams,
+        depth: int,
+        accumulator: formats.FloatFormat,
+        asic: AsicSection,
+        trace_depth: int = 0,
     ):
         self._params, self._depth, self._format = params, depth, accumulator
-        self._trace_depth = trace_depth
+        self._asic, self._trace_depth = asic, trace_depth
         super().__init__({"host": Out(HostPort)})
 
     def elaborate(self, platform):
@@ -60,6 +68,7 @@ class ChannelTop(wiring.Component):
             sequencer.length.eq(register["length"]),
             sequencer.p.eq(register["asic_p"]),
             sequencer.q.eq(register["asic_q"]),
+            sequencer.overlap.eq(register["overlap"]),
         ]
 
         # Code, and the log of first and end tick of each instruction.
@@ -75,14 +84,15 @@ class ChannelTop(wiring.Component):
             sequencer.code_data.eq(read.data[: layout_of(ISA.record("code")).size]),
         ]
         m.submodules.log = log = Memory(shape=64, depth=self._depth, init=[])
-        log_read, log_write = log.read_port(), log.write_port()
-        m.d.comb += [
-            log_read.addr.eq(decoder.log.addr),
-            decoder.log.rdata.eq(log_read.data),
-            log_write.addr.eq(sequencer.index),
-            log_write.data.eq(Cat(sequencer.first, (sequencer.tick + 1)[:32])),
-            log_write.en.eq(sequencer.retire),
-        ]
+        log_read = log.read_port()
+        m.d.comb += [log_read.addr.eq(decoder.log.addr), decoder.log.rdata.eq(log_read.data)]
+        for u in range(len(UNITS)):
+            log_write = log.write_port()
+            m.d.comb += [
+                log_write.addr.eq(sequencer.index[u]),
+                log_write.data.eq(Cat(sequencer.first[u], sequencer.end)),
+                log_write.en.eq(sequencer.retire[u]),
+            ]
 
         channels = []
         for c in range(p.channels):
@@ -111,8 +121,23 @@ class ChannelTop(wiring.Component):
             if self._trace_depth:
                 self._trace(m, c, getattr(decoder, f"trace_{c}"), sequencer, channel.bus, decoder.start)
 
-        self._sram(m, decoder.sram, sequencer.run, channels)
-        self._count(m, decoder.status, sequencer, channels, decoder.start)
+        m.submodules.asic = unit = VectorUnit(params=p, asic=self._asic)
+        # The instruction stays with the unit, whatever the sequencer loads next.
+        kept = Signal.like(sequencer.instruction)
+        with m.If(sequencer.start_asic):
+            m.d.sync += kept.eq(sequencer.instruction)
+        m.d.comb += [
+            unit.clear.eq(decoder.start),
+            unit.enable.eq(sequencer.enable & sequencer.run),
+            unit.start.eq(sequencer.start_asic),
+            unit.instruction.eq(Mux(sequencer.start_asic, sequencer.instruction, kept)),
+            unit.argmax_init.value.eq(register["argmax_value"]),
+            unit.argmax_init.index.eq(register["argmax_index"]),
+            sequencer.busy_asic.eq(unit.busy),
+        ]
+
+        self._sram(m, decoder.sram, sequencer.run, channels, unit)
+        self._count(m, decoder.status, sequencer, channels, unit, decoder.start)
         return m
 
     def _trace(self, m, index, port, sequencer, bus, clear):
@@ -133,52 +158,52 @@ class ChannelTop(wiring.Component):
             write.en.eq(bus.valid & (count < self._trace_depth)),
         ]
 
-    def _sram(self, m, port, run, channels):
-        """One read and one write port for each channel; the host uses the first channel's, outside runs."""
+    def _sram(self, m, port, run, channels, unit):
+        """Ports for each channel and for the vector unit; the host uses the first channel's, outside runs."""
         p = self._params
-        width = len(port.wdata)
-        words = len(port.we)  # of the host in a column; one lane is half a word
-        first = channels[0]
-        host_we = port.we
-        if len(channels) == 1 and width * p.sram_columns > SMALL_BITS:
-            m.submodules.sram = sram = BlackBoxMemory(
-                width=width, depth=p.sram_columns, granularity=width // words
-            )
-            m.d.comb += [
-                sram.read_enable.eq(Mux(run, first.sram_read, port.re)),
-                sram.read_address.eq(Mux(run, first.sram_raddr, port.addr)),
-                sram.write_enable.eq(Mux(run, first.sram_write.replicate(words), host_we)),
-                sram.write_address.eq(Mux(run, first.sram_waddr, port.addr)),
-                sram.write_data.eq(Mux(run, first.sram_wdata, port.wdata)),
-                first.sram_rdata.eq(sram.read_data),
-                port.rdata.eq(sram.read_data),
-            ]
-            return
+        width = 16 * p.lanes  # an enable for each element
         m.submodules.sram = sram = Memory(shape=width, depth=p.sram_columns, init=[])
         for c, channel in enumerate(channels):
-            read, write = sram.read_port(), sram.write_port(granularity=width // words)
-            host = c == 0
-            m.d.comb += [
-                read.addr.eq(Mux(run, channel.sram_raddr, port.addr) if host else channel.sram_raddr),
-                read.en.eq(channel.sram_read | (~run if host else 0)),
-                channel.sram_rdata.eq(read.data),
-                write.addr.eq(Mux(run, channel.sram_waddr, port.addr) if host else channel.sram_waddr),
-                write.data.eq(Mux(run, channel.sram_wdata, port.wdata) if host else channel.sram_wdata),
-                write.en.eq(
-                    Mux(run, channel.sram_write.replicate(words), host_we)
-                    if host
-                    else (channel.sram_write & run).replicate(words)
-                ),
-            ]
-            if host:
+            read, write = sram.read_port(), sram.write_port(granularity=16)
+            read_enable, read_addr = channel.sram_read, channel.sram_raddr
+            write_enable, write_addr = (channel.sram_write & run).replicate(p.lanes), channel.sram_waddr
+            write_data = channel.sram_wdata
+            if c == 0:
+                host_we = Cat(port.we[16 * e // 32] for e in range(p.lanes))
+                read_enable, read_addr = read_enable | ~run, Mux(run, read_addr, port.addr)
+                write_enable = Mux(run, write_enable, host_we)
+                write_addr, write_data = Mux(run, write_addr, port.addr), Mux(run, write_data, port.wdata)
                 m.d.comb += port.rdata.eq(read.data)
+            m.d.comb += [
+                read.en.eq(read_enable),
+                read.addr.eq(read_addr),
+                channel.sram_rdata.eq(read.data),
+                write.en.eq(write_enable),
+                write.addr.eq(write_addr),
+                write.data.eq(write_data),
+            ]
+        for i in range(len(unit.read_data) // width):
+            # A group may reach beyond the memory where it holds no elements.
+            read, write = sram.read_port(), sram.write_port(granularity=16)
+            m.d.comb += [
+                read.en.eq(unit.read_enable),
+                read.addr.eq(unit.read_address + i),
+                unit.read_data.word_select(i, width).eq(read.data),
+                write.en.eq(unit.write_enable.word_select(i, p.lanes)),
+                write.addr.eq(unit.write_address + i),
+                write.data.eq(unit.write_data.word_select(i, width)),
+            ]
 
-    def _count(self, m, status, sequencer, channels, clear):
-        """Ticks, commands and stalls, in the order of `arch.pim.status_names`; then the accumulators."""
-        events = [sequencer.run]
+    def _count(self, m, status, sequencer, channels, unit, clear):
+        """Ticks, commands and stalls, in the order of `arch.pim.status_names`; then state."""
+        run = sequencer.run
+        events = [run, unit.adds, unit.multiplies]
         causes = range(len(CAUSES))
-        sequencer_stall = [sequencer.run & ~sequencer.working & (sequencer.stall == k) for k in causes]
-        events += [sequencer.run & sequencer.working, *sequencer_stall]
+        events += [run & sequencer.working]
+        events += [run & ~sequencer.working & (sequencer.stall == k) for k in causes]
+        clock, idle = unit.busy & ~sequencer.enable, ~unit.busy
+        events += [run & unit.busy & sequencer.enable]
+        events += [run & {"clock": clock, "idle": idle}.get(cause, C(0)) for cause in CAUSES]
         for channel in channels:
             bus = channel.bus
             events += [bus.valid & (bus.code == command) for command in range(self._params.dram.n_commands)]
@@ -189,9 +214,10 @@ class ChannelTop(wiring.Component):
             counter = Signal(32)
             with m.If(clear):
                 m.d.sync += counter.eq(0)
-            with m.Elif(event):
-                m.d.sync += counter.eq(counter + 1)
+            with m.Else():
+                m.d.sync += counter.eq(counter + event)
             m.d.comb += port.eq(counter)
-        accumulators = [acc for channel in channels for acc in channel.acc]
-        for port, acc in zip(list(status)[len(events) :], accumulators, strict=True):
-            m.d.comb += port.eq(acc)
+        state = [acc for channel in channels for acc in channel.acc]
+        state += [unit.argmax.value, unit.argmax.index]
+        for port, value in zip(list(status)[len(events) :], state, strict=True):
+            m.d.comb += port.eq(value)

@@ -252,6 +252,17 @@ def test_two_processes_build_once(cache, tmp_path):
     assert first == second and first[1] == "11"
 
 
+def test_the_builds_not_asked_for_longest_are_forgotten(cache, monkeypatch):
+    monkeypatch.setattr(simulator, "KEPT", 2)
+    first, second = build(to_verilog(Echo(1))), build(to_verilog(Echo(2)))
+    for k, made in enumerate((first, second)):
+        os.utime(made.folder, (k, k))
+    assert build(to_verilog(Echo(1))) == first  # used again: the second is now the oldest
+    third = build(to_verilog(Echo(3)))
+    assert [b.program.exists() for b in (first, second, third)] == [True, False, True]
+    assert sorted(p.suffix for p in cache.iterdir()) == ["", "", ".lock", ".lock"]
+
+
 # --- tools --------------------------------------------------------------------------------------------------
 
 

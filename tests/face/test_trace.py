@@ -106,7 +106,7 @@ def track(tracks, process, name):
 def test_a_tiny_program_by_hand(tmp_path):
     """The ASIC works on even ticks; a tick is 0.5 ns."""
     document, tracks, _ = executed(tmp_path, TINY, "--set", "channels=1")
-    assert document["otherData"]["ticks"] == 75 and document["otherData"]["complete"] is True
+    assert document["otherData"]["ticks"] == 87 and document["otherData"]["complete"] is True
     # Fetch 0, load 2, dispatch 4; the channel sees it at 5. Buffer writes at 5 and 5 + n_ccd_s 2 = 7; complete
     # n_cwl_gb 1 + n_bl 2 later, at 10, which is even: retired there. The next fetch is at 12, dispatch at 16:
     # ACTab at 17, MACab at 17 + n_rcd_mac 24 = 41 and 41 + n_ccd_l 2 = 43, complete at 43 + n_mac 7 = 50.
@@ -114,16 +114,17 @@ def test_a_tiny_program_by_hand(tmp_path):
     assert track(tracks, "channel 0", "commands") == [
         ("WRGB", 5, 8), ("ACTab", 17, 18), ("MACab", 41, 44), ("RDMAC", 57, 58),
     ]  # fmt: skip
-    # Fetch 62, load 64, dispatch 66: two cycles (one to issue, one adder deep) on ticks 68 and 70, retired at 72.
-    assert track(tracks, "pim-gpt", "asic") == [("ADD", 67, 71)]
-    rows = [("load", 0, 11), ("multiply", 11, 51), ("read", 51, 61), ("add", 61, 73)]
+    # Fetch 62, load 64, dispatch 66: two steps on one group, each there 4 cycles after its operands were asked
+    # for: 8 cycles on ticks 68 to 82, retired at 84.
+    assert track(tracks, "pim-gpt", "asic") == [("ADD", 67, 83)]
+    rows = [("load", 0, 11), ("multiply", 11, 51), ("read", 51, 61), ("add", 61, 85)]
     assert track(tracks, "pim-gpt", "operators") == rows
     names = ("WR_GB", "MAC_AB", "RD_MAC", "ADD")
     assert track(tracks, "pim-gpt", "instructions") == [
         (n, a, b) for n, (_, a, b) in zip(names, rows, strict=True)
     ]
-    for bank in range(16):  # nothing closes them before the end, a last fetch at 74
-        assert track(tracks, "channel 0", f"bank {bank}") == [("row 3", 17, 75)]
+    for bank in range(16):  # nothing closes them before the end, a last fetch at 86
+        assert track(tracks, "channel 0", f"bank {bank}") == [("row 3", 17, 87)]
     mac = next(e for t in tracks for e in t.spans if e["name"] == "MACab")
     assert (mac["ts"], mac["dur"]) == (0.0205, 0.0015)  # microseconds
     assert mac["args"] == {"tick": 41, "ticks": 3, "count": 2, "row": 3}
@@ -190,10 +191,10 @@ def test_repeated_segments_overlap_on_lanes_of_their_own(tmp_path):
 
 
 def test_a_refresh_that_the_end_cuts_is_not_there(tmp_path):
-    """Due at 13650 it closes the rows at once; its REFab could issue n_rp 24 later, after the end at 13659."""
+    """Due at 13650 it closes the rows at once; its REFab could issue n_rp 24 later, after the end at 13671."""
     text = "MAC_AB channels=1 cols=1\nADD n=16 not_before=13650\n"
     document, tracks, _ = executed(tmp_path, text, "--set", "channels=1")
-    assert document["otherData"]["ticks"] == 13659
+    assert document["otherData"]["ticks"] == 13671
     assert track(tracks, "channel 0", "commands")[-1] == ("PREab", 13650, 13651)
     assert document["otherData"]["complete"] is True
 

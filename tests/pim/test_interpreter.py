@@ -201,20 +201,85 @@ def test_softmax_of_two_vectors(image):
     assert sram(out, 10, 4) == [0, 1, 0, 0]
 
 
-def test_rope_rotates_halves(image):
-    image["sram"][0:4] = bf16(1, 2, 3, 4)  # pairs (1, 3) and (2, 4)
-    image["sram"][4:6] = bf16(0, 1)  # cosines
-    image["sram"][8:10] = bf16(1, 0)  # sines: the first pair turns by 90 degrees, the second stays
-    assert sram(run("ROPE dst=6 src=0 src2=1 src3=2 n=4 outs=1", image), 6) == [-3, 2, 1, 4]
+def test_rope_rotates_pairs_of_neighbours(image):
+    image["sram"][0:4] = bf16(1, 2, 3, 4)  # pairs (1, 2) and (3, 4)
+    image["sram"][4:8] = bf16(0, 0, 1, 1)  # cosines
+    image["sram"][8:12] = bf16(-1, 1, 0, 0)  # sines: the first pair turns by 90 degrees, the second stays
+    assert sram(run("ROPE dst=6 src=0 src2=1 src3=2 n=4 outs=1", image), 6) == [-2, 1, 3, 4]
+
+
+def test_rope_of_several_vectors_turns_them_by_the_same_angles(image):
+    image["sram"][0:12] = bf16(1, 2, 3, 4, 9, 9, 9, 9, 5, 6, 7, 8)  # two vectors, a column between them
+    image["sram"][40:44] = bf16(0, 0, 0, 0)
+    image["sram"][44:48] = bf16(-1, 1, -1, 1)
+    out = run("ROPE dst=0 src=0 src2=10 src3=11 n=4 outs=2 pitch=2", image)
+    assert sram(out, 0, 12) == [-2, 1, -4, 3, 9, 9, 9, 9, -6, 5, -8, 7]
 
 
 def test_layernorm_and_rmsnorm(image):
     image["sram"][0:4] = bf16(1, 3, 1, 3)  # mean 2, variance 1; mean square 5
     image["sram"][4:8] = bf16(2, 2, 2, 2)
     image["sram"][8:12] = bf16(0, 0, 1, 1)
-    assert sram(run("LAYERNORM dst=8 src=0 src2=1 src3=2 n=4", image), 8) == [-2, 2, -1, 3]
-    out = sram(run("RMSNORM dst=8 src=0 src2=1 n=4 imm=0x40800000", image), 8)
+    quarter = "imm2=0x3e800000"
+    assert sram(run(f"LAYERNORM dst=8 src=0 src2=1 src3=2 n=4 {quarter}", image), 8) == [-2, 2, -1, 3]
+    out = sram(run(f"RMSNORM dst=8 src=0 src2=1 n=4 imm=0x40800000 {quarter}", image), 8)
     assert np.allclose(out, np.array([2, 6, 2, 6]) / 3, rtol=2**-8)  # epsilon 4: 5 + 4 = 3 * 3
+    # imm2 is what the sum is multiplied by: 20 * 0.2 = 4 without epsilon, so 2 (1, 3, 1, 3) / 2.
+    out = sram(run("RMSNORM dst=8 src=0 src2=1 n=4 imm2=0x3e4ccccd", image), 8)
+    assert out == [1, 3, 1, 3]
+
+
+def test_results_may_take_the_place_of_an_operand(image):
+    image["sram"][0:8] = bf16(1, 2, 3, 4, 5, 6, 7, 8)
+    assert sram(run("ADD dst=0 src=0 src2=0 n=8", image), 0, 8) == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert sram(run("ADD dst=0 src=1 src2=0 n=4", image), 0, 8) == [6, 8, 10, 12, 5, 6, 7, 8]
+
+
+# ---- alongside ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Other columns; and both may read the same ones.
+        "ADD dst=0 src=1 src2=2 n=4\nRD_BK channels=1 dst=3 cols=2 alongside=1",
+        "ADD dst=0 src=1 src2=2 n=4\nWR_GB channels=1 src=1 cols=2 alongside=1",
+        # The second waits for its own unit whatever it touches.
+        "RD_BK channels=1 dst=0 cols=2\nWR_GB channels=1 src=0 cols=2 alongside=1",
+        "ADD dst=0 src=1 src2=2 n=4\nADD dst=1 src=0 src2=0 n=4 alongside=1",
+        # Both units were idle when the ADD in the middle began, so RD_BK has completed.
+        "RD_BK channels=1 dst=0\nADD dst=3 src=1 src2=1 n=4\nADD dst=4 src=0 src2=0 n=4 alongside=1",
+        # Only the latest of the other unit may still execute: the second RD_BK, not the first.
+        "RD_BK channels=1 dst=0\nRD_BK channels=1 dst=5 alongside=1\nADD dst=4 src=0 src2=0 n=4 alongside=1",
+    ],
+)
+def test_alongside_what_is_independent(image, text):
+    image["sram"][:] = np.arange(256)
+    first = run(text, image)
+    again = run(text.replace(" alongside=1", ""), image)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ADD dst=4 src=0 src2=2 n=8\nWR_GB channels=1 src=5 alongside=1",
+         "reads what asic may still write: SRAM column 5"),
+        ("ADD dst=3 src=1 src2=2 n=4\nRD_BK channels=2 dst=1 stride=2 alongside=1",
+         "writes what asic may still write: SRAM column 3"),
+        ("ADD dst=3 src=1 src2=2 n=4\nRD_BK channels=1 dst=2 alongside=1",
+         "writes what asic may still read: SRAM column 2"),
+        ("GEMV channels=3 dst=8 outs=2 pitch=4 stride=1\nADD dst=0 src=13 src2=1 n=4 alongside=1",
+         "reads what channels may still write: SRAM column 13"),
+        # The instruction in the middle does not wait for RD_BK, so it may still execute.
+        ("RD_BK channels=1 dst=7\nADD dst=0 src=1 src2=1 n=4 alongside=1\nADD dst=0 src=7 src2=1 n=4 alongside=1",
+         "reads what channels may still write: SRAM column 7"),
+    ],
+)  # fmt: skip
+def test_alongside_what_is_not(image, text, message):
+    with pytest.raises(ValueError, match=r"^segment 0, instruction \d \(") as error:
+        run(text, image)
+    assert f"alongside: {message}" in str(error.value)
 
 
 def test_relu(image):
@@ -265,6 +330,13 @@ def test_image_is_copied_and_segments_repeat(image):
         ("ADD n=5 src2=63", "src2 reaches SRAM column 64 of 64"),
         ("SOFTMAX n=4 outs=3 pitch=32", "src reaches SRAM column 64 of 64"),
         ("ROPE n=3 outs=1", "n must be even, not 3"),
+        ("ADD dst=1 src=0 src2=4 n=8", "dst 1 overlaps src 0: they must be equal or apart"),
+        ("ADD dst=1 src=4 src2=2 n=5", "dst 1 overlaps src2 2: they must be equal or apart"),
+        ("LAYERNORM dst=4 src=0 src2=8 src3=5 n=8", "dst 4 overlaps src3 5: they must be equal or apart"),
+        ("SOFTMAX dst=3 src=0 n=4 outs=3 pitch=2", "dst 3 overlaps src 0: they must be equal or apart"),
+        ("SOFTMAX n=8 outs=2 pitch=1", "pitch 1: vectors of 2 columns overlap"),
+        ("ROPE dst=0 src=0 src2=2 src3=20 n=4 outs=2 pitch=2", "dst 0 overlaps src2 2: they must be"),
+        ("ARGMAX src=0 n=4 imm=0xffffffff", "imm 4294967295 + n 4 exceed the 32 bits of an index"),
     ],
 )
 def test_errors_name_the_instruction(image, text, message):

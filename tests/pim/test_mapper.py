@@ -1,23 +1,29 @@
 """Mapped programs, executed by the interpreter, against decoders written straight from the definition."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.formats import BF16
-from tilewright.arch.isa import Program
-from tilewright.arch.pim import ISA, OP, PimSpec
+from tilewright.arch.isa import Program, Segment
+from tilewright.arch.pim import ISA, OP, OPS, PimSpec
 from tilewright.arch.scenario import Scenario
 from tilewright.arch.spec import apply_sets, build, load_tree
 from tilewright.mappers.pim import map_model, place_weights
+from tilewright.mappers.pim.overlap import Use, schedule, sram_use
+from tilewright.mappers.pim.steps import TOKENS
+from tilewright.sim.pim import simulate
 from tilewright.workloads import asic
 from tilewright.workloads.formats import from_bits, to_bits
 from tilewright.workloads.graph import decode_step
 from tilewright.workloads.models import ModelConfig, load_model
-from tilewright.workloads.pim import Machine, interpret
+from tilewright.workloads.pim import Machine, blank_image, interpret
 
 SETS = [
     "channels=2", "dram.bankgroups=2", "dram.banks_per_group=2", "dram.rows=1200", "dram.row_bytes=64",
@@ -34,6 +40,7 @@ def machine(*sets):
 
 SPEC = machine(*SETS)
 WIDE = machine(*SETS, "dram.banks_per_group=4")  # 8 banks: two columns for an output of all banks
+FEW_ROWS = machine(*SETS, "dram.rows=8")
 FULL = machine()
 
 GPT = ModelConfig(
@@ -86,7 +93,7 @@ class Exact:
     """Arithmetic with the machine's rounding, in the order that the layout implies."""
 
     def __init__(self, spec):
-        self.asic, self.lanes = spec.asic, spec.pim.lanes
+        self.asic, self.lanes, self.wide = spec.asic, spec.pim.lanes, spec.params().vector_lanes
         self.segment = spec.pim.global_buffer_bytes // 2
         self.banks = spec.dram.bankgroups * spec.dram.banks_per_group
 
@@ -122,10 +129,11 @@ class Exact:
         return rounded(a.astype(np.float32) + b.astype(np.float32))
 
     def norm(self, model, x, gain, bias):
-        gain, eps = gain.astype(np.float32), np.float32(model.norm_eps)
+        gain, eps, share = gain.astype(np.float32), np.float32(model.norm_eps), np.float32(1 / len(x))
+        unit = self.asic, self.wide
         if bias is None:
-            return rounded(asic.rmsnorm(x, gain, eps, self.asic))
-        return rounded(asic.layernorm(x, gain, bias.astype(np.float32), eps, self.asic))
+            return rounded(asic.rmsnorm(x, gain, eps, share, *unit))
+        return rounded(asic.layernorm(x, gain, bias.astype(np.float32), eps, share, *unit))
 
     def activation(self, name, x):
         f = {
@@ -139,10 +147,13 @@ class Exact:
         return rounded(a * b)
 
     def softmax(self, x, scale):
-        return rounded(asic.softmax(x, np.float32(scale), self.asic))
+        return rounded(asic.softmax(x, np.float32(scale), self.asic, self.wide))
 
     def rope(self, x, cosine, sine):
-        return rounded(asic.rope(x, rounded(cosine), rounded(sine)))
+        """Halves become pairs of neighbours: x0 x3 x1 x4 x2 x5."""
+        pairs = x.reshape(2, -1).T.ravel()
+        signed = np.stack([-sine, sine], axis=1).ravel()
+        return rounded(asic.rope(pairs, rounded(np.repeat(cosine, 2)), rounded(signed)))
 
 
 class Plain:
@@ -337,6 +348,32 @@ def test_without_embedding_and_head():
     assert np.array_equal(residual(mapped, GPT, out), x)
 
 
+def test_rotary_pairs_become_neighbours():
+    # 3 query and 3 key heads of 6 (0 3 1 4 2 5 within each), then 3 value heads as they are.
+    model = dataclasses.replace(LLAMA, heads=3, d_model=18, d_embed=18, head_dim=6)
+    mapped = map_model(SPEC, model, Scenario(generate=2))
+    weights = random_weights(model, 10)
+    image = place_weights(SPEC, model, mapped.document, weights)
+    dram = image["dram"].reshape(2, 4, -1, 4)  # channel, bank, column, lane
+    base = mapped.document["regions"]["layer 0 qkv"] * 8
+    want = to_bits(weights["layer 0 qkv"], BF16)
+    # Heads are filled up to 8 rows; 72 rows of ceil(18 / 4) = 5 columns, 4 in the first segment. Row n lies in
+    # out n // 8, channel n // 4 % 2, bank n % 4. Its first element is column out * 4, lane 0.
+    order = (0, 3, 1, 4, 2, 5)
+    for head in range(9):
+        for i in range(6):
+            out, rest = divmod(head * 8 + i, 8)
+            old = head * 6 + (order[i] if head < 6 else i)
+            assert dram[rest // 4, rest % 4, base + out * 4, 0] == want[0, old]
+    # Position 1 lies in bank 1: 6 cosines in 2 columns, then 6 sines in 2; the channels take 2 columns each.
+    angles = np.repeat(1 / 10000 ** (np.arange(3) / 3), 2)
+    sines = np.sin(angles) * [-1, 1, -1, 1, -1, 1]
+    at = mapped.document["regions"]["rotary"] * 8
+    rows = from_bits(dram[:, 1, at : at + 2].reshape(2, 8), BF16)
+    assert np.array_equal(rows[:, :6], rounded(np.array([np.cos(angles), sines])))
+    assert not rows[:, 6:].any()
+
+
 # ---- structure ----------------------------------------------------------------------------------------
 
 
@@ -410,6 +447,167 @@ def test_token_ids():
         map_model(SPEC, GPT, Scenario(generate=2), tokens=[1, 53])
     with pytest.raises(UserError, match="tokens must be 1 x 2 whole numbers, not int64 of shape"):
         map_model(SPEC, GPT, Scenario(generate=2), tokens=[1, 2, 3])
+
+
+# ---- overlap ------------------------------------------------------------------------------------------
+
+
+def test_columns_of_an_instruction_by_hand():
+    p = WIDE.params()  # 2 channels, 4 lanes, 8 banks: 2 columns for an output of all banks
+
+    def use(text):
+        code = ISA.assemble(text).segments[0].regions["code"][0]
+        op = next(name for name, i in OP.items() if i == code["op"])
+        names = [n for n in code.dtype.names if n in text]
+        return sram_use(p, op, {n: int(code[n]) for n in names})
+
+    # Channel 1 is 10 further, the third out 2 * 20: 5 + 10 + 40, and 2 columns.
+    gemv = use("GEMV channels=3 cols=7 dst=5 stride=10 outs=3 pitch=20")
+    assert gemv == Use(False, (), (range(5, 57),))
+    assert use("WR_GB channels=1 cols=7 src=5 stride=10") == Use(False, (range(5, 12),), ())
+    assert use("WR_EL channels=2 src=5 stride=10 outs=3 pitch=90") == Use(False, (range(5, 21),), ())
+    assert use("MAC_AB channels=3 cols=7").writes == ()
+    # 9 elements are 3 columns; the tables of ROPE are there once.
+    rope = use("ROPE dst=1 src=2 src2=30 src3=40 n=9 outs=2 pitch=8")
+    assert rope == Use(True, (range(2, 13), range(30, 33), range(40, 43)), (range(1, 12),))
+    assert use("ARGMAX src=7 n=4") == Use(True, (range(7, 8),), ())
+
+
+def test_schedule_by_hand():
+    def asic(reads, writes):
+        return Use(True, (range(reads, reads + 1),), (range(writes, writes + 1),))
+
+    def channels(writes):
+        return Use(False, (), (range(writes, writes + 1),))
+
+    # Two tiles: channels write 0, the ASIC takes it to 1 and that to 2; the next tile is 3, 4, 5.
+    tiles = [channels(0), asic(0, 1), asic(1, 2), channels(3), asic(3, 4), asic(4, 5)]
+    # The second tile's channels go before the first's second ASIC instruction, and so alongside the first.
+    # The ASIC's first on the second tile waits for them.
+    assert schedule(tiles) == [(0, False), (1, False), (3, True), (2, True), (4, False), (5, True)]
+    # With one buffer they stay behind.
+    tiles = [channels(0), asic(0, 1), asic(0, 2), channels(0)]
+    assert schedule(tiles) == [(0, False), (1, False), (2, True), (3, False)]
+    # The latest of the channels decides: when it was dispatched, the one before had completed.
+    assert schedule([channels(0), channels(1), asic(0, 2)]) == [(0, False), (1, True), (2, True)]
+    assert schedule([channels(0), channels(1), asic(1, 2)])[2] == (2, False)
+
+
+SMALL = st.integers(0, 11)
+COLUMNS = {"dst": SMALL, "src": SMALL, "src2": SMALL}
+VECTOR = {"n": st.integers(1, 8)}
+BANKS = {"channels": st.integers(1, 3), "stride": st.integers(2, 4)}
+INSTRUCTIONS = {
+    "WR_GB": {**BANKS, "cols": st.integers(1, 2), "gb": st.integers(0, 2)},
+    "GEMV": {**BANKS, "cols": st.integers(1, 4), "outs": st.integers(1, 2), "pitch": st.just(1)},
+    "RD_BK": {**BANKS, "cols": st.integers(1, 2), "bank": st.integers(0, 3)},
+    "WR_BK": {**BANKS, "cols": st.integers(1, 2), "bank": st.integers(0, 3)},
+    "WR_EL": {**BANKS, "outs": st.integers(1, 2), "pitch": st.integers(0, 3), "lane": st.integers(0, 3)},
+    "ADD": VECTOR,
+    "RELU": VECTOR,
+    "SOFTMAX": {"n": st.integers(1, 4), "outs": st.integers(1, 2), "pitch": st.integers(1, 3)},
+    "ARGMAX": VECTOR,
+}
+
+
+@st.composite
+def instructions(draw):
+    op = draw(st.sampled_from(sorted(INSTRUCTIONS)))
+    operands = {name: c for name, c in COLUMNS.items() if name in OPS[OP[op]].fields}
+    return op, {name: draw(values) for name, values in (operands | INSTRUCTIONS[op]).items()}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(instructions(), min_size=2, max_size=14), st.integers(0, 99))
+def test_any_schedule_is_accepted_and_changes_nothing(records, seed):
+    image = blank_image(FEW_ROWS.params())
+    rng = np.random.default_rng(seed)
+    for name in ("dram", "sram", "gb"):
+        image[name][:] = to_bits(rng.normal(size=image[name].shape), BF16)
+
+    def execute(entries):
+        code = np.concatenate([ISA.make(op, **fields) for op, fields in entries])
+        return interpret(FEW_ROWS, Program(ISA, [Segment({"code": code})]), image)[0]
+
+    valid = []
+    for record in records:  # those that the interpreter takes one by one
+        try:
+            execute([record])
+        except ValueError:
+            continue
+        valid.append(record)
+    if valid:
+        order = schedule([sram_use(FEW_ROWS.params(), op, fields) for op, fields in valid])
+        assert sorted(i for i, _ in order) == list(range(len(valid)))
+        after = execute([(valid[i][0], {**valid[i][1], "alongside": int(a)}) for i, a in order])
+        plain = execute(valid)
+        assert all(np.array_equal(after[name], plain[name]) for name in plain)
+
+
+def test_what_moves_counts_as_far_as_it_goes():
+    # The ADD takes as many elements as there are tokens: 21 in the last step, 6 columns, 40 to 45.
+    steps = map_model(
+        machine(*SETS, "asic.overlap=true"), OPT, Scenario(prompt=3, generate=18)
+    ).program.segments
+    growing = ("ADD", {"dst": 40, "src": 50, "src2": 50, "n": TOKENS})
+    for column, alongside in ((39, 1), (40, 0), (45, 0), (46, 1), (55, 0), (56, 1)):
+        load = ("RD_BK", {"channels": 1, "address": 0, "cols": 1, "dst": column})
+        assert [fields["alongside"] for _, fields in steps.overlapped([growing, load])] == [0, alongside]
+
+
+@pytest.mark.parametrize(
+    ("model", "sets", "sram"),
+    [
+        (GPT, SETS, 4096), (LLAMA, SETS, 4096), (OPT, SETS, 2048),
+        (LLAMA, [*SETS, "dram.banks_per_group=4"], 1536),  # room for one group of heads at a time
+    ],
+    ids=["gpt", "llama", "opt", "little room"],
+)  # fmt: skip
+def test_overlap_changes_no_number_and_takes_less_time(model, sets, sram):
+    # 22 tokens as above; the interpreter refuses what is alongside something that it depends on.
+    scenario, weights = Scenario(prompt=3, generate=19), random_weights(model, 12)
+    outs, ticks = [], []
+    for overlap in ("false", "true"):
+        spec = machine(*sets, f"asic.sram_bytes={sram}", f"asic.overlap={overlap}")
+        mapped = map_model(spec, model, scenario)
+        image = place_weights(spec, model, mapped.document, weights)
+        image["sram"][:] = BF16.nan
+        outs.append(
+            [
+                (out["argmax"].tolist(), to_bits(residual(mapped, model, out), BF16).tolist())
+                for out in run_steps(spec, mapped, image)
+            ]
+        )
+        outs[-1].append(image["dram"].tobytes())
+        ticks.append(simulate(spec.params(), mapped.program).ticks)
+        code = np.concatenate([s.regions["code"] for s in mapped.program.segments])
+        assert code["alongside"].any() == (overlap == "true")
+        if overlap == "true":
+            # The same program without: only its dispatches wait.
+            flat = np.array(code)
+            flat["alongside"] = 0
+            alone = simulate(spec.params(), Program(ISA, [Segment({"code": flat})], mapped.program.tags))
+            assert ticks[1] < alone.ticks
+    assert outs[0] == outs[1]
+    assert ticks[1] < ticks[0]
+
+
+def test_overlap_pipelines_the_slots():
+    mapped = map_model(
+        machine("asic.overlap=true"), load_model("gpt2-xl"), Scenario(context=1000, generate=1)
+    )
+    (segment,) = mapped.program.segments
+    code = segment.regions["code"]
+    names = np.array([tag.op for tag in mapped.tags])[code["tag"]]
+    layers = np.array([tag.layer for tag in mapped.tags])[code["tag"]]
+    chosen = (layers == 0) & np.isin(names, ["scores", "softmax", "values"])
+    # The values of a slot come behind the softmax of the next, and so alongside.
+    order = [name for name, _ in itertools.groupby(names[chosen])]
+    assert order == [*["scores", "softmax"] * 2, "values", *["scores", "softmax", "values"] * 2]
+    # Each of the four softmaxes waits for its scores. Of the channels' instructions only the values behind the
+    # last softmax wait for it.
+    waits = names[chosen & (code["alongside"] == 0)].tolist()
+    assert waits == ["softmax"] * 4 + ["values"]
 
 
 # ---- the mapping document -----------------------------------------------------------------------------

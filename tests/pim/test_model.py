@@ -14,11 +14,13 @@ from tilewright.arch import pim as arch
 from tilewright.arch import registry
 from tilewright.arch.dram import Issued, Organisation
 from tilewright.arch.errors import UserError
+from tilewright.arch.isa import Program, Segment
 from tilewright.arch.pim import GDDR6_PIM, ISA
 from tilewright.sim.dram_check import check_trace
 from tilewright.sim.pim import simulate
 from tilewright.verify import engine
 from tilewright.verify import pim as plan
+from tilewright.workloads.pim import Machine, blank_image
 
 WIDE = (
     ("channels=8", "dram.bankgroups=2", "dram.banks_per_group=2", "dram.rows=16", "dram.row_bytes=32")
@@ -116,6 +118,61 @@ def test_a_refresh_by_hand(gpt):
         (14633, 6),
     ]
     assert rows == expected
+
+
+# ---- the ASIC by hand ---------------------------------------------------------------------------------
+
+
+def asic_cycles(text, *sets):
+    return run(registry.load_spec("pim-gpt", sets), text).unit("asic")["busy"]
+
+
+def test_strips_of_a_vector_by_hand():
+    """The picture in `arch/pim_asic.py`: 3 steps on 6 groups of 128 elements, strips of 4, latency 2 + 1 + 2 = 5.
+
+    A strip of 4: 5 cycles for each of two steps, 4 for the third; the strip of 2: 5, 5 and 2; 26. The last group
+    was issued in cycle 25, its result is there in 25 + 5 = 30.
+    """
+    sets = ["asic.register_rows=4", "asic.adder_latency_cycles=2"]
+    t = run(registry.load_spec("pim-gpt", sets), "ROPE n=768 outs=1")
+    # Dispatched at 4; the 30 cycles are ticks 6, 8, ..., 64. Retired at 66, the last fetch is at 68.
+    assert t.ticks == 69
+    assert {k: v for k, v in t.unit("asic").items() if v} == {"busy": 30, "clock": 30, "idle": 9}
+    # A sum and two products for each element.
+    assert {k: v for k, v in t.totals().items() if v} == {"asic_adds": 768, "asic_multiplies": 1536}
+    # Of two vectors the second begins when the first has ended. 641 elements are 6 groups as well.
+    assert asic_cycles("ROPE n=768 outs=2", *sets) == 60
+    assert asic_cycles("ROPE n=642 outs=1", *sets) == 30
+    # In strips of 8 the step waits for no latency: 6 + 6 + 6 + 4.
+    assert asic_cycles("ROPE n=768 outs=1", "asic.adder_latency_cycles=2") == 22
+
+
+def test_sums_and_scalars_by_hand():
+    """1000 elements are 8 groups of 128, one strip; latency 4; 7 levels of the tree and the total: 8.
+
+    Maximum: 8 groups, then 4 - 1 + 8: 19. Exponential: 1 step, 3 to reduce the argument, 6 terms, 1 to scale
+    and sum are 11: 10 * 8 + 8 + 11 = 99. Reciprocal, one lane: the seed and 3 * 2 steps, 6 * 4 + 1 + 3 = 28.
+    Normalise: 8 + 3 = 11.
+    """
+    assert asic_cycles("SOFTMAX n=1000 outs=1 pitch=63") == 19 + 99 + 28 + 11
+    assert asic_cycles("SOFTMAX n=1000 outs=3 pitch=63") == 3 * 157
+    # The total's adder takes a group every 2 cycles: 8 * 2, then 5 - 2 + 2 * 8.
+    assert asic_cycles("ARGMAX n=1000 clear=1", "asic.adder_latency_cycles=2") == 16 + 19
+    # Two steps on one group.
+    assert asic_cycles("ADD n=16") == 4 + 1 + 3
+
+
+def test_overlap_by_hand():
+    """WR_GB: dispatched at 4, complete at 14. ADD takes 8 cycles."""
+    text = "WR_GB channels=1 cols=4\nADD n=16 alongside=1"
+    # Fetched at 6, loaded at 8, dispatched at 10: ticks 12 .. 26, complete at 27, last fetch at 28.
+    overlap = registry.load_spec("pim-gpt", ["asic.overlap=true"])
+    assert run(overlap, text).ticks == 29
+    # It waits for WR_GB: dispatched at 14, complete at 31.
+    assert run(overlap, text.replace(" alongside=1", "")).ticks == 33
+    # The published machine retires at 14, fetches at 16, dispatches at 20, completes at 37, retires at 38.
+    published = registry.load_spec("pim-gpt")
+    assert run(published, text).ticks == 41
 
 
 # ---- laws ---------------------------------------------------------------------------------------------
@@ -264,3 +321,27 @@ def test_numbers_that_would_overflow_are_refused():
     long = ["dram.timing.t_cl_ns=32767", "dram.timing.t_wpre_ns=10"]
     with pytest.raises(UserError, match=r"dram\.timing adds up to a constraint of 65558 ticks"):
         registry.load_spec("pim-gpt", long)
+
+
+def refused(p, columns, program):
+    try:
+        simulate(p._replace(sram_columns=columns), program)
+    except ValueError as error:
+        assert "SRAM" in str(error)
+        return True
+    return False
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 1 << 30), st.integers(0, 5))
+def test_the_sram_must_hold_exactly_what_an_instruction_touches(seed, number):
+    case = plan.case(plan.structures(6, 0)[number], 7 * number, (seed,))
+    p = case.spec.params()
+    machine = Machine(case.spec, blank_image(p))
+    for segment in ISA.assemble(case.text).segments:
+        for record in np.split(segment.regions["code"], len(segment.regions["code"])):
+            program = Program(ISA, [Segment({"code": record})])
+            machine.run(program)
+            columns = max((int(c.max()) + 1 for c in (*machine.reads, *machine.writes)), default=0)
+            assert not refused(p, columns, program)
+            assert columns == 0 or refused(p, columns - 1, program)

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.cosim
 SMALL = [
     "channels=1", "dram.bankgroups=1", "dram.banks_per_group=2", "dram.rows=4", "dram.row_bytes=8",
     "dram.column_bytes=2", "pim.lanes=1", "pim.global_buffer_bytes=8", "asic.sram_bytes=16",
+    "asic.adders=4", "asic.multipliers=2",
 ]  # fmt: skip
 PROGRAM = "MAC_AB channels=1 row=0 cols=4\nMAC_AB channels=1 row=2 cols=4\nMAC_AB channels=1 row=1 cols=4 not_before=14000"
 

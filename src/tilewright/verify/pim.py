@@ -45,13 +45,21 @@ Rng = np.random.Generator
 # The counts that matter to some rule: more banks than tFAW's four; one bank; one lane (no adder tree); one
 # column in a row; several RDMAC bursts; several channels; every accumulator format.
 _Shape = tuple[int, int, int, int, int, int, int, int, str]
-_SHAPES: tuple[_Shape, ...] = (
-    (1, 2, 2, 4, 8, 4, 8, 64, "fp32"),
-    (2, 1, 2, 2, 16, 8, 4, 64, "bf16"),
-    (1, 1, 2, 1, 8, 2, 4, 32, "fp32"),
-    (1, 2, 2, 2, 8, 4, 8, 32, "fp16"),
-    (1, 1, 1, 1, 8, 1, 4, 48, "bf16"),
-    (1, 4, 2, 1, 8, 4, 4, 64, "fp32"),
+# The ASIC: adders, multipliers, register rows, latencies of adder and multiplier, terms of exp, iterations of
+# reciprocal and 1/sqrt. Vector units below a column, of one, of several, and of no power of two; a strip of one
+# group; no iteration at all; adders slower than a strip is long.
+_Asic = tuple[int, int, int, int, int, int, int, int]
+_ASIC_KEYS = (
+    *("adders", "multipliers", "register_rows", "adder_latency_cycles", "multiplier_latency_cycles"),
+    *("exp_terms", "reciprocal_iterations", "rsqrt_iterations"),
+)
+_SHAPES: tuple[tuple[_Shape, _Asic], ...] = (
+    ((1, 2, 2, 4, 8, 4, 8, 64, "fp32"), (5, 3, 4, 1, 1, 6, 3, 2)),
+    ((2, 1, 2, 2, 16, 8, 4, 64, "bf16"), (4, 4, 3, 2, 1, 3, 1, 1)),
+    ((1, 1, 2, 1, 8, 2, 4, 32, "fp32"), (12, 6, 1, 1, 2, 2, 0, 0)),
+    ((1, 2, 2, 2, 8, 4, 8, 32, "fp16"), (9, 4, 2, 1, 3, 1, 2, 3)),
+    ((1, 1, 1, 1, 8, 1, 4, 48, "bf16"), (8, 3, 2, 3, 2, 5, 2, 1)),
+    ((1, 4, 2, 1, 8, 4, 4, 64, "fp32"), (5, 9, 6, 1, 1, 4, 1, 2)),
 )
 
 
@@ -66,15 +74,21 @@ def structures(count: int, seed: int) -> list[Structure]:
         channels = int(rng.integers(1, 4)) if groups * banks * lanes <= 4 else 1
         rows, columns, gb = int(rng.integers(4, 17)), int(1 << rng.integers(0, 4)), int(rng.integers(2, 9))
         fmt = str(rng.choice(["fp32", "bf16", "fp16"]))
-        shapes.append((channels, groups, banks, lanes, rows, columns, gb, int(rng.integers(32, 65)), fmt))
-    return [_structure(shape) for shape in shapes]
+        shape = (channels, groups, banks, lanes, rows, columns, gb, int(rng.integers(32, 65)), fmt)
+        low, high = (4, 2, 1, 1, 1, 1, 0, 0), (16, 8, 8, 3, 3, 7, 3, 3)
+        adders, multipliers, *rest = (int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
+        shapes.append((shape, (adders, multipliers, *rest)))  # type: ignore[arg-type]
+    return [_structure(*shape) for shape in shapes]
 
 
-def _structure(shape: _Shape) -> Structure:
+def _structure(shape: _Shape, asic: _Asic) -> Structure:
     channels, groups, banks, lanes, rows, columns, gb, sram, fmt = shape
-    name = f"{channels} x {groups} x {banks} banks x {lanes} lanes, {columns} columns, {fmt}"
     sets = _shape_sets(channels, groups, banks, lanes, rows, columns, gb, sram)
-    return Structure(name, _spec([*sets, f"pim.accumulator={fmt}", "name=small"]))
+    sets += [f"asic.{key}={value}" for key, value in zip(_ASIC_KEYS, asic, strict=True)]
+    spec = _spec([*sets, f"pim.accumulator={fmt}", "name=small"])
+    vector = spec.params().vector_lanes
+    name = f"{channels} x {groups} x {banks} banks x {lanes} lanes, {columns} columns, {fmt}, vectors of {vector}"
+    return Structure(name, spec)
 
 
 def _shape_sets(
@@ -122,14 +136,20 @@ def scaled(spec: arch.PimSpec) -> tuple[Structure, list[str]]:
         d.row_bytes // d.column_bytes,
         p.global_buffer_bytes // d.column_bytes,
         spec.asic.sram_bytes // d.column_bytes,
+        spec.asic.adders,
+        spec.asic.multipliers,
     )
-    most = (1, groups, banks, lanes, 16, 8, 8, 64)
+    most = (1, groups, banks, lanes, 16, 8, 8, 64, 8, 4)
     new = tuple(min(a, b) for a, b in zip(old, most, strict=True))
-    names = ("channels", "bank groups", "banks", "lanes", "rows", "columns", "buffer columns", "SRAM columns")
+    names = (
+        *("channels", "bank groups", "banks", "lanes", "rows", "columns", "buffer columns", "SRAM columns"),
+        *("ASIC adders", "ASIC multipliers"),
+    )
     smaller = [f"{n} {a} to {b}" for n, a, b in zip(names, old, new, strict=True) if a != b]
     notes = [f"scaled to what RTL simulates: {', '.join(smaller)}; timings kept"] if smaller else []
     tree = _tree(spec)
-    sets = [s for s in _shape_sets(*new) if not s.startswith("dram.pins")]
+    sets = [s for s in _shape_sets(*new[:8]) if not s.startswith("dram.pins")]
+    sets += [f"asic.adders={new[8]}", f"asic.multipliers={new[9]}"]
     # As many ticks for a burst as before, with narrower columns.
     sets.append(f"dram.pin_rate_gbps={d.pin_rate_gbps * new[3] / p.lanes}")
     small = specs.build(SPEC, specs.apply_sets(tree, sets), spec.name)
@@ -170,6 +190,7 @@ def _timed(structure: arch.PimSpec, rng: Rng, number: int) -> arch.PimSpec:
         f"dram.pin_rate_gbps={Fraction(bits, structure.dram.pins) / (burst * tick)}",
         f"asic.clock_mhz={1000 / tick * _CLOCKS[number % len(_CLOCKS)]}",
         f"pim.all_bank_activate={('simultaneous', 'staggered')[number // 2 % 2]}",
+        f"asic.overlap={('false', 'true')[number // 3 % 2]}",
     ]
     for name, ticks in n.items():
         # Any time above ticks - 1 rounds up to `ticks`.
@@ -197,7 +218,8 @@ def _timed(structure: arch.PimSpec, rng: Rng, number: int) -> arch.PimSpec:
 
 # ---- random programs ----------------------------------------------------------------------------------
 
-_OPERATIONS = [op.name for op in arch.OPS[: arch.N_CHANNEL_OPS]]
+_OPERATIONS = [op.name for op in arch.OPS]
+_CHANNEL_OPERATIONS, _ASIC_OPERATIONS = _OPERATIONS[: arch.N_CHANNEL_OPS], _OPERATIONS[arch.N_CHANNEL_OPS :]
 
 
 class _Writer:
@@ -205,6 +227,8 @@ class _Writer:
 
     def __init__(self, spec: arch.PimSpec, rng: Rng) -> None:
         self.p, self.rng = spec.params(), rng
+        # Knows which instructions may execute alongside which: values do not matter.
+        self.machine = meaning.Machine(spec, meaning.blank_image(self.p))
         self.now = 0  # a guess at the tick
         self.last_row = 0
 
@@ -233,9 +257,62 @@ class _Writer:
         self.last_row = (address + columns - 1) // p.columns
         return {"row": address // p.columns, "col": address % p.columns}
 
-    def line(self, op: str | None = None) -> str:
-        p, pick = self.p, self.pick
+    def line(self, op: str | None = None, alone: bool = False) -> str:
+        """An instruction; unless `alone`, every other one executes alongside what is under way, where it is
+        independent of it."""
+        while True:
+            text = self.operation(op)
+            for alongside in ("",) if alone or self.rng.integers(0, 2) else (" alongside=1", ""):
+                [segment] = ISA.assemble(text + alongside).segments
+                record = segment.regions["code"][0]
+                fields = dict(zip(record.dtype.names, record.tolist(), strict=True))
+                try:
+                    self.machine.execute(arch.OPS[fields["op"]].name, fields)
+                except ValueError:
+                    continue
+                return text + alongside
+
+    def operation(self, op: str | None) -> str:
         op = op or str(self.rng.choice(_OPERATIONS))
+        return self.vector(op) if op in _ASIC_OPERATIONS else self.channel(op)
+
+    def vector(self, op: str) -> str:
+        """An operation of the ASIC: in place or apart, of less than a group up to several strips."""
+        p, pick, fields = self.p, self.pick, arch.OPS[arch.OP[op]].fields
+        names = [name for name in ("dst", "src", "src2", "src3") if name in fields]
+        in_place = "dst" in names and bool(self.rng.integers(0, 2))
+        f = {"n": pick(1, p.sram_columns // len(names) * p.lanes)}
+        if op == "ROPE":
+            f["n"] = max(2, f["n"] // 2 * 2)
+        columns = -(-f["n"] // p.lanes)
+        size = dict.fromkeys(names, columns)
+        if "outs" in fields:
+            f["pitch"] = columns + pick(0, 1)
+            others = sum(name not in ("dst", "src") for name in names)
+            room = (p.sram_columns - others * columns) // (1 if in_place else 2)
+            f["outs"] = pick(1, max(1, min(3, (room - columns) // f["pitch"] + 1)))
+            size["dst"] = size["src"] = (f["outs"] - 1) * f["pitch"] + columns
+        placed = [name for name in names if not (in_place and name == "dst")]
+        free = p.sram_columns - sum(size[name] for name in placed)
+        if free < 0:
+            return self.vector(op)
+        at = 0
+        for name in self.rng.permutation(placed):
+            gap = pick(0, free)
+            f[str(name)], at, free = at + gap, at + gap + size[name], free - gap
+        if in_place:
+            f["dst"] = f["src"]
+        if "imm" in fields:
+            scale = float(self.rng.choice([0.5, 1.0, 1e-5, 0.0, -2.0, 30.0]))
+            f["imm"] = pick(0, 1 << 20) if op == "ARGMAX" else int(np.float32(scale).view(np.uint32))
+        if "imm2" in fields:
+            f["imm2"] = int(np.float32(1 / f["n"]).view(np.uint32))
+        if "clear" in fields:
+            f["clear"] = pick(0, 1)
+        return " ".join([op, *(f"{k}={v}" for k, v in f.items())])
+
+    def channel(self, op: str) -> str:
+        p, pick = self.p, self.pick
         mask = self.mask()
         top = mask.bit_length() - 1  # its SRAM columns lie farthest
         f: dict[str, int] = {}
@@ -253,7 +330,7 @@ class _Writer:
             f["outs"], f["pitch"], f["lane"] = pick(1, 5), pick(0, p.columns + 1), pick(0, p.lanes - 1)
             columns = (f["outs"] - 1) * f["pitch"] + 1
         if columns > p.rows * p.columns:
-            return self.line(op)
+            return self.channel(op)
         if op not in ("WR_GB", "RD_MAC"):
             f |= self.place(columns)
         if op in ("WR_GB", "WR_BK"):
@@ -271,7 +348,7 @@ class _Writer:
             # Channels may read the same SRAM columns, but never write them.
             stride = pick(sram if side == "dst" and top else 0, min(sram + 2, room // max(top, 1)))
             if room < 0 or (side == "dst" and top and stride < sram):
-                return self.line(op)
+                return self.channel(op)
             f["stride"] = stride if top else pick(0, 3)
             f[side] = pick(0, room - f["stride"] * top) if top else pick(0, room)
         return " ".join([op, f"channels={mask:#x}", *(f"{k}={v}" for k, v in f.items())])
@@ -296,21 +373,25 @@ def _program(spec: arch.PimSpec, rng: Rng, number: int) -> str:
     """A random program; its number decides which kind, so that every kind occurs."""
     w = _Writer(spec, rng)
     tags = [f"t{i}" for i in range(int(rng.integers(1, 5)))]
-    kinds: tuple[tuple[str, ...] | None, ...] = (
+    kinds: tuple[Sequence[str] | None, ...] = (
         None,
         ("WR_GB", "GEMV", "GEMV", "MAC_AB"),
-        None,
+        _ASIC_OPERATIONS,
         ("RD_BK", "WR_BK", "MAC_AB", "WR_EL"),
         None,
+        _CHANNEL_OPERATIONS,
+        ("GEMV", "RD_BK", "SOFTMAX", "ADD", "GELU"),
     )
     operations = kinds[number % len(kinds)]
     lines: list[str] = []
     for k in range(int(rng.integers(4, 15)) if number != 1 else 0):
         op = None if operations is None else str(rng.choice(operations))
-        if k == 3 and number % 4 == 2:
+        again = k == 3 and number % 4 == 2
+        if again:
             lines.append(".segment repeat=2 label=again")
-        lines.append(f"{w.line(op)} tag={rng.choice(tags)}{w.arrival()}")
-        if rng.integers(0, 5) == 0:  # the same again: same row, back to back
+        # What stands before the segment's first instruction is not always the same.
+        lines.append(f"{w.line(op, alone=again)} tag={rng.choice(tags)}{w.arrival()}")
+        if rng.integers(0, 5) == 0 and "alongside" not in lines[-1]:  # the same again: same row, back to back
             lines.append(lines[-1])
     if number == 1:
         # Long bursts; a refresh long awaited with the rows open; and one that falls due in every drain.
@@ -493,6 +574,21 @@ COVERAGE = (
     "channel left out",
     "tag shared",
     "segment repeated",
+    "asic stall clock",
+    "overlap off",
+    "overlap on",
+    "alongside",
+    "ASIC and channels at the same time",
+    "vector unit below a column",
+    "vector unit of a column",
+    "vector unit of several columns",
+    "vector unit of no power of two",
+    "ASIC ragged group",
+    "ASIC one group",
+    "ASIC several strips",
+    "ASIC in place",
+    "several vectors",
+    "argmax carried on",
     "empty program",
     "accumulators left",
     "accumulators carried on",
@@ -511,15 +607,19 @@ def count(observed: Observed) -> Counter[str]:
     for name, n in zip(_COMMANDS, timeline.counters.sum(axis=0), strict=False):
         out[f"command {name}"] += int(n)
     for unit in timeline.units:
-        if unit != "asic":
-            for cause, ticks in timeline.unit(unit).items():
-                out[f"{unit.split()[0]} stall {cause}"] += ticks if cause != "busy" else 0
+        for cause, ticks in timeline.unit(unit).items():
+            out[f"{unit.split()[0]} stall {cause}"] += ticks if cause != "busy" else 0
     out[f"activate {spec.pim.all_bank_activate}"] += 1
     clock = "1/1" if p.asic_q == 1 else ("1/n" if p.asic_p == 1 else "m/n")
     out[f"clock {clock}"] += 1
     out[f"accumulator {spec.pim.accumulator}"] += 1
+    out[f"overlap {'on' if spec.asic.overlap else 'off'}"] += 1
+    vector = "below a column" if p.vector_lanes < p.lanes else "of several columns"
+    out[f"vector unit {'of a column' if p.vector_lanes == p.lanes else vector}"] += 1
+    out["vector unit of no power of two"] += p.vector_lanes & (p.vector_lanes - 1) != 0
     out["empty program"] += len(code) == 0
     out += _count_fields(p, code, timeline)
+    out += _count_vectors(p, code, timeline)
     out["segment repeated"] += sum(s.repeat > 1 for s in observed.program.segments)
     for segment in observed.program.segments:
         tags = segment.regions["code"]["tag"]
@@ -537,6 +637,10 @@ def _count_fields(p: arch.PimParams, code: np.ndarray, timeline: Timeline) -> Co
         f = {name: int(i[name]) for name in i.dtype.names}
         out[f"instruction {op}"] += 1
         used = arch.OPS[int(i["op"])].fields
+        out["not_before past"] += 0 < f["not_before"] < int(span["first"])
+        out["not_before waits"] += f["not_before"] > int(span["first"]) + 2
+        if i["op"] >= arch.N_CHANNEL_OPS:
+            continue
         columns = {"GEMV": f["cols"] * f["outs"], "WR_EL": 1}.get(op, f["cols"])
         if "row" in used:
             end = f["row"] * p.columns + f["col"] + columns
@@ -551,11 +655,32 @@ def _count_fields(p: arch.PimParams, code: np.ndarray, timeline: Timeline) -> Co
         out["pitch 0"] += "pitch" in used and f["pitch"] == 0 and f["outs"] > 1
         out["last lane"] += op == "WR_EL" and f["lane"] == p.lanes - 1 and p.lanes > 1
         out["stride"] += "stride" in used and f["stride"] > 0 and f["channels"] > 1
-        out["not_before past"] += 0 < f["not_before"] < int(span["first"])
-        out["not_before waits"] += f["not_before"] > int(span["first"]) + 2
         out["channel left out"] += f["channels"] != (1 << p.channels) - 1
         out["accumulators carried on"] += carried and op in ("MAC_AB", "GEMV")
         carried = op == "MAC_AB" or (carried and op not in ("RD_MAC", "GEMV"))
+    return out
+
+
+def _count_vectors(p: arch.PimParams, code: np.ndarray, timeline: Timeline) -> Counter[str]:
+    """What the ASIC was asked for, and whether the channels worked meanwhile."""
+    out: Counter[str] = Counter()
+    asic = code["op"] >= arch.N_CHANNEL_OPS
+    spans = timeline.spans
+    for i in code[asic]:
+        fields = arch.OPS[int(i["op"])].fields
+        groups = -(-int(i["n"]) // p.vector_lanes)
+        out["ASIC ragged group"] += int(i["n"]) % p.vector_lanes != 0
+        out["ASIC one group"] += groups == 1
+        out["ASIC several strips"] += groups > p.register_rows
+        out["ASIC in place"] += "dst" in fields and i["dst"] == i["src"]
+        out["several vectors"] += "outs" in fields and i["outs"] > 1
+        out["argmax carried on"] += "clear" in fields and not i["clear"]
+    out["alongside"] += int(code["alongside"].sum())
+    for mine in spans[asic]:
+        for theirs in spans[~asic]:
+            # Three ticks at least are the sequencer's own: fetch, load, dispatch.
+            first, end = (f(mine[k], theirs[k]) for f, k in ((max, "first"), (min, "end")))
+            out["ASIC and channels at the same time"] += int(end - first) > 3
     return out
 
 
@@ -563,6 +688,8 @@ def _count_refreshes(p: arch.PimParams, code: np.ndarray, timeline: Timeline) ->
     """When each refresh fell due: what its channel was at."""
     out: Counter[str] = Counter()
     assert timeline.trace is not None
+    channel_ops = code["op"] < arch.N_CHANNEL_OPS
+    code, spans = code[channel_ops], timeline.spans[channel_ops]
     for channel in range(p.channels):
         rows = timeline.trace[timeline.trace[:, 1] == channel]
         ticks, commands = rows[:, 0], rows[:, 2]
@@ -575,17 +702,16 @@ def _count_refreshes(p: arch.PimParams, code: np.ndarray, timeline: Timeline) ->
             upkeep |= {int(k) - 1} if closing else set()
         own = np.array([t for j, t in enumerate(ticks) if j not in upkeep], np.int64)
         for due in dues:
-            out[f"refresh {_activity(p, code, timeline, channel, own, int(due))}"] += 1
+            out[f"refresh {_activity(p, code, spans, channel, own, int(due))}"] += 1
         # A refresh due, whose REFab would issue after the end.
         out["refresh cut by the end"] += (timeline.ticks - 1) // p.n_refi > len(refreshes)
     return out
 
 
 def _activity(
-    p: arch.PimParams, code: np.ndarray, timeline: Timeline, channel: int, own: np.ndarray, due: int
+    p: arch.PimParams, code: np.ndarray, spans: np.ndarray, channel: int, own: np.ndarray, due: int
 ) -> str:
     """What the channel, whose commands for instructions issued at `own`, is at in tick `due`."""
-    spans = timeline.spans
     n = int(np.searchsorted(spans["end"], due, "right"))
     if n >= len(code) or not int(code["channels"][n]) >> channel & 1:
         return "while idle"

@@ -13,6 +13,7 @@ from tilewright.arch.formats import BF16, FloatFormat
 from tilewright.arch.pim import CMD, PimParams
 from tilewright.sim import pim as sim
 from tilewright.verify.mutants import Mutant, edited, replaced
+from tilewright.workloads import asic as vectors
 from tilewright.workloads import formats
 from tilewright.workloads import pim as meaning
 
@@ -27,8 +28,8 @@ def _shorter(command: int) -> AbstractContextManager[None]:
     """The RTL is given one tick less from `command` to the next one like it."""
     true = arch.register_values
 
-    def values(p: PimParams, length: int) -> list[int]:
-        out = true(p, length)
+    def values(p: PimParams, *rest: Any) -> list[int]:
+        out = true(p, *rest)
         first, end = int(p.dram.row_start[command]), int(p.dram.row_start[command + 1])
         base = len(out) - len(p.dram.row_prev)
         for row in range(first, end):
@@ -60,6 +61,12 @@ def _halves(bank: np.ndarray, buffer: np.ndarray, fmt: FloatFormat) -> np.ndarra
     while (n := products.shape[-1]) > 1:
         products = formats.add(products[..., : n // 2], products[..., n // 2 :], fmt)
     return products[..., 0]
+
+
+def _unrounded(x: np.ndarray, scale: np.float32, asic: Any, lanes: int) -> np.ndarray:
+    s = x * scale
+    e = vectors.exp(s - vectors.reduce(s, lanes, np.maximum, -np.inf), asic)
+    return e * vectors.reciprocal(vectors.reduce(e, lanes, np.add, 0), asic)
 
 
 MUTANTS = (
@@ -124,6 +131,68 @@ MUTANTS = (
         _ONE_BANK,
     ),
     Mutant(
+        "rtl: an instruction alongside waits for both units",
+        partial(
+            _rtl,
+            "pim.sequencer",
+            "Sequencer.elaborate",
+            "self.overlap & self.instruction.alongside",
+            "self.overlap & 0",
+        ),
+        _TWO_LANES,
+        25,
+    ),
+    Mutant(
+        "rtl: a vector's second half of a pair is its first",
+        partial(_rtl, "pim.asic", "VectorUnit._operands", 'operands["a"][i ^ 1]', 'operands["a"][i & ~1]'),
+        _ONE_BANK,
+        25,
+    ),
+    Mutant(
+        "rtl: a strip hands over one group early",
+        partial(_rtl, "pim.asic", "VectorUnit._issue", "group == rows - 1", "group == max(rows - 2, 0)"),
+        _TWO_LANES,
+    ),
+    Mutant(
+        "rtl: inactive elements enter the joins",
+        partial(
+            _rtl, "pim.asic", "VectorUnit.elaborate", "i < done.count for i in lanes", "1 for i in lanes"
+        ),
+        _TWO_LANES,
+    ),
+    Mutant(
+        "rtl: the last of equals is the best",
+        partial(
+            _rtl,
+            "pim.asic",
+            "VectorUnit.elaborate",
+            "best.found & compare.lt",
+            "best.found & (compare.lt | compare.eq)",
+        ),
+        _ONE_BANK,
+    ),
+    Mutant(
+        "model: strips one group longer",
+        partial(_told, lambda p: p._replace(register_rows=p.register_rows + 1)),
+        _TWO_LANES,
+    ),
+    Mutant(
+        "model: a step's result one cycle late",
+        partial(_told, lambda p: p._replace(step_latency=p.step_latency + 1)),
+        _TWO_LANES,
+    ),
+    Mutant(
+        "model: nothing executes alongside",
+        partial(_told, lambda p: p._replace(overlap=0)),
+        _TWO_LANES,
+    ),
+    Mutant(
+        "interpreter: softmax keeps its numerators unrounded",
+        lambda: replaced(vectors, "softmax", _unrounded),
+        _TWO_LANES,
+        25,
+    ),
+    Mutant(
         "model: refresh interval one tick longer", partial(_told, lambda p: p._replace(n_refi=p.n_refi + 1))
     ),
     Mutant(
@@ -146,6 +215,8 @@ MUTANTS = (
         4,
     ),
     Mutant(
-        "interpreter: sums by halves, not by neighbours", lambda: replaced(meaning, "column_sums", _halves)
+        "interpreter: sums by halves, not by neighbours",
+        lambda: replaced(meaning, "column_sums", _halves),
+        programs=25,
     ),
 )
