@@ -37,9 +37,8 @@ Dense attention is steps 8 to 11 over all tokens, with out = mix * 1/total. Head
 and tokens, for which step 6 sums their probabilities: see `select_tokens`.
 
 `dot` takes groups of `lanes` products; a group, the last one filled up with +0, is summed as a tree of
-neighbouring pairs, (p0 + p1) + (p2 + p3), and added to a running total that begins with +0. `reduce`, `exp`,
-`reciprocal` and `rsqrt` are those of `tilewright.workloads.asic`: partial sums taken in turn, Taylor series,
-Newton's iteration.
+neighbouring pairs, (p0 + p1) + (p2 + p3), and added to a running total that begins with +0. `reduce` is the same
+without products; it, `exp`, `reciprocal` and `rsqrt` are those of `tilewright.workloads.asic`.
 
 Weights are relative to the largest, so that a long context does not push them below FP16's normal range.
 Sums over a selection run over all positions, with zeros: alpha never falls as k rises. What needs no estimate
@@ -54,7 +53,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tilewright.arch.formats import FP16, FP32
-from tilewright.arch.pim import AsicSection
 from tilewright.workloads import asic
 from tilewright.workloads.formats import add, from_bits, to_bits
 
@@ -72,7 +70,6 @@ class Engine(NamedTuple):
     """What of the attention engine shows in its results."""
 
     lanes: int  # multipliers of a GeMV unit, a power of two
-    adders: int  # partial sums of `reduce`
     exp_terms: int  # of the Taylor series, after the constant one
     reciprocal_iterations: int
     rsqrt_iterations: int
@@ -226,12 +223,11 @@ def temperature(q: Bits16, channels: Mask, scale: np.float32, engine: Engine) ->
 
     It is `scale` if they are all channels, or if q is zero.
     """
-    unit = _unit(engine)
     magnitude = from_bits(q & _MAGNITUDE, FP16)
-    some = asic.reduce(np.where(channels[:, None], magnitude, _ZERO), unit, np.add, 0)[..., 0]
-    whole = asic.reduce(magnitude, unit, np.add, 0)[..., 0]
+    some = asic.reduce(np.where(channels[:, None], magnitude, _ZERO), engine.lanes, np.add, 0)[..., 0]
+    whole = asic.reduce(magnitude, engine.lanes, np.add, 0)[..., 0]
     plain = np.all(channels, axis=-1)[:, None] | (whole == 0)
-    return np.where(plain, scale, scale * asic.rsqrt(some * asic.reciprocal(whole, unit), unit))
+    return np.where(plain, scale, scale * asic.rsqrt(some * asic.reciprocal(whole, engine), engine))
 
 
 def scores(q: Bits16, keys: Bits16, lanes: int) -> F32:
@@ -258,10 +254,9 @@ def dot(a: Bits16, b: Bits16, lanes: int) -> F32:
 @np.errstate(all="ignore")
 def weigh(score: F32, scale: F32 | np.float32, engine: Engine) -> Weights:
     """Steps 4, 5 and 9 for scores [H, g, n] and a scale that broadcasts to them."""
-    unit = _unit(engine)
-    bits = _fp16(asic.exp((score - score.max(axis=-1, keepdims=True)) * scale, unit))
-    total = asic.reduce(from_bits(bits, FP16), unit, np.add, 0)[..., 0]
-    return Weights(bits, total, asic.reciprocal(total, unit))
+    bits = _fp16(asic.exp((score - score.max(axis=-1, keepdims=True)) * scale, engine))
+    total = asic.reduce(from_bits(bits, FP16), engine.lanes, np.add, 0)[..., 0]
+    return Weights(bits, total, asic.reciprocal(total, engine))
 
 
 def select_tokens(estimate: Weights, k: int, local: int) -> Mask:
@@ -286,7 +281,7 @@ def select_tokens(estimate: Weights, k: int, local: int) -> Mask:
 def coverage(estimate: Weights, tokens: Mask, engine: Engine) -> F32:
     """Step 7: alpha [H, g]."""
     chosen = np.where(tokens[:, None], from_bits(estimate.bits, FP16), _ZERO)
-    part = asic.reduce(chosen, _unit(engine), np.add, 0)[..., 0]
+    part = asic.reduce(chosen, engine.lanes, np.add, 0)[..., 0]
     return np.minimum(part * estimate.inverse, _ONE)
 
 
@@ -335,11 +330,6 @@ def pages_read(mask: Mask, size: int, *, skip: bool = True, pick: bool = True) -
 
 
 # ---- helpers ------------------------------------------------------------------------------------------
-
-
-def _unit(engine: Engine) -> AsicSection:
-    """For the functions of `asic`: of an AsicSection they read only the counts that an Engine has too."""
-    return cast(AsicSection, engine)
 
 
 def _fp16(values: F32) -> Bits16:
