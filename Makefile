@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCKED := -c constraints.txt --no-build-isolation
 PYTEST := $(BIN)/python -m pytest -q
 # Small programs on every kernel: what is quick enough without a compiler.
-KERNEL_TESTS := tests/dram tests/system $(wildcard tests/*/test_model.py)
+KERNEL_TESTS := tests/dram tests/flash tests/system $(wildcard tests/*/test_model.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
