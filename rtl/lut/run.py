@@ -1,49 +1,22 @@
 """Run programs on the RTL under Verilator, and bring back what the cycle model also says."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tilewright.arch import lut as arch
-from tilewright.arch.isa import Program
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.rtl import lut
+from tilewright.rtl.cosim.cases import Case, Image, Outcome
 from tilewright.rtl.cosim.simulator import Build, Job, build, run
 from tilewright.rtl.cosim.verilog import to_verilog
 from tilewright.rtl.lib.memory import MODEL
-
-Image = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A program with the timings and the memory image that it meets."""
-
-    params: arch.LutParams
-    program: Program
-    image: Image
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the RTL did: its Timeline (counters and stalls of the whole run) and the image it left, or an error."""
-
-    timeline: Timeline | None
-    image: Image
-    error: str | None = None
 
 
 def build_rtl(spec: arch.LutSpec, *, depth: int = lut.CODE_DEPTH, waves: bool = False) -> Build:
     """The simulator for the structure of `spec`: built once for all timings, cached by content."""
     return build(to_verilog(lut.top(spec, depth=depth)), top="top", extra_sources=[MODEL], waves=waves)
-
-
-def flatten(program: Program) -> np.ndarray:
-    """The program as one array of instructions, repetitions written out."""
-    parts = [s.regions["code"] for s in program.segments for _ in range(s.repeat)]
-    return np.concatenate(parts) if parts else np.zeros(0, arch.ISA.record("code").dtype)
 
 
 def run_cases(
@@ -123,7 +96,7 @@ def _image(p: arch.LutParams, before: Image, words: Mapping[str, np.ndarray]) ->
 
 def _job(case: Case, depth: int, max_ticks: int) -> Job:
     p = case.params
-    code = flatten(case.program)
+    code = case.program.flat()
     if len(code) > depth:
         raise ValueError(f"the RTL's code memory holds {depth} instructions, not {len(code)}")
     arch.check(p, code)
@@ -155,7 +128,7 @@ def _outcome(case: Case, depth: int, result) -> Outcome:
     layout = arch.hostmap(p, depth)
     status_words, log_words = result.reads
     status = dict(zip(arch.status_names(), layout.unpack("status", status_words), strict=True))
-    code = flatten(case.program)
+    code = case.program.flat()
     log = layout.unpack("log", log_words)[: len(code)]
     firsts = (log & np.uint64(0xFFFFFFFF)).astype(np.int64)
     ends = (log >> np.uint64(32)).astype(np.int64)

@@ -11,6 +11,7 @@ from tilewright.arch.isa import Program, Segment
 from tilewright.arch.lut import ISA, LutSpec
 from tilewright.arch.spec import apply_sets, build, load_tree
 from tilewright.sim.lut import next_working, simulate
+from tilewright.verify import engine
 from tilewright.verify import lut as plan
 
 
@@ -279,7 +280,7 @@ def test_no_instruction_begins_before_what_it_conflicts_with_is_complete(chosen)
     """For every pair of different units, by its fields alone; within a unit instructions end in order."""
     spec, program = random_case(*chosen)
     p = spec.params()
-    steps = plan.one_by_one(program)
+    steps = engine.one_by_one(program)
     code = steps.segments[0].regions["code"]
     rows = simulate(p, steps, trace=len(code)).log
     lines = {"LOAD_A": p.row_lines, "LOAD_W": 1, "STORE": p.tile_lines}

@@ -149,5 +149,5 @@ def test_the_code_of_a_case_fits_the_rtl():
 
     for s in plan.structures(plan.STRUCTURES, 0):
         for case in plan.cases(s, 30, (7,)):
-            program: Program = plan.one_by_one(plan.ISA.assemble(case.text))
+            program: Program = engine.one_by_one(plan.ISA.assemble(case.text))
             assert sum(len(segment.regions["code"]) for segment in program.segments) <= CODE_DEPTH

@@ -13,7 +13,7 @@ import numpy as np
 from tilewright.arch import formats
 from tilewright.arch import lut as arch
 from tilewright.arch import spec as specs
-from tilewright.arch.isa import Program, Segment
+from tilewright.arch.isa import Program
 from tilewright.arch.timeline import Timeline
 from tilewright.sim import lut as sim
 from tilewright.verify.engine import Case, Observed, Structure, document
@@ -355,14 +355,6 @@ def image(spec: arch.LutSpec, seed: int) -> dict[str, np.ndarray]:
 
 
 # ---- the three readings -------------------------------------------------------------------------------
-
-
-def one_by_one(program: Program) -> Program:
-    """The program in one segment, repetitions written out, instruction i with tag i."""
-    parts = [s.regions["code"] for s in program.segments for _ in range(s.repeat)]
-    code = np.concatenate(parts) if parts else np.zeros(0, ISA.record("code").dtype)
-    code["tag"] = np.arange(len(code))
-    return Program(ISA, [Segment({"code": code})], [str(i) for i in range(len(code))])
 
 
 def interpret(spec: arch.LutSpec, program: Program, image: Image) -> dict[str, np.ndarray]:

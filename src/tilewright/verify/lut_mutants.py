@@ -1,6 +1,5 @@
 """Faults that the plan of target lut must catch."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from importlib import import_module
@@ -8,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.arch.lut import LutParams
 from tilewright.sim import lut as sim
-from tilewright.verify.mutants import Mutant, edited, replaced
+from tilewright.verify.mutants import Mutant, constant, edited, replaced, told
 from tilewright.workloads import lut as meaning
 
 _INT8, _FP16, _FP8, _SHORT_QUEUE, _BLOCKS = 0, 1, 2, 3, 5  # structures of the plan
@@ -18,22 +16,6 @@ _INT8, _FP16, _FP8, _SHORT_QUEUE, _BLOCKS = 0, 1, 2, 3, 5  # structures of the p
 
 def _rtl(module: str, name: str, old: str, new: str) -> AbstractContextManager[None]:
     return edited(import_module(f"tilewright.rtl.lut.{module}"), name, old, new)
-
-
-def _told(change: Callable[[LutParams], LutParams]) -> AbstractContextManager[None]:
-    """The model is given other parameters than the RTL."""
-    true = sim.simulate
-
-    def simulate(p: LutParams, *args: Any, **options: Any) -> Any:
-        return true(change(p), *args, **options)
-
-    return replaced(sim, "simulate", simulate)
-
-
-def _constant(array: np.ndarray) -> np.ndarray:
-    """Read-only like the array it replaces: a writable one would have the kernels compiled anew."""
-    array.flags.writeable = False
-    return array
 
 
 def _psum_last() -> AbstractContextManager[None]:
@@ -142,13 +124,13 @@ MUTANTS = (
     ),
     Mutant(
         "model: latency one tick longer",
-        partial(_told, lambda p: p._replace(latency=_constant(p.latency + 1))),
+        partial(told, sim, lambda p: p._replace(latency=constant(p.latency + 1))),
         _SHORT_QUEUE,
         4,
     ),
     Mutant(
         "model: an LMMA completes one tick early",
-        partial(_told, lambda p: p._replace(compute_drain=p.compute_drain - 1)),
+        partial(told, sim, lambda p: p._replace(compute_drain=p.compute_drain - 1)),
         _SHORT_QUEUE,
         4,
     ),
