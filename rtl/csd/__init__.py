@@ -1,0 +1,1 @@
+"""Attention inside a storage drive as RTL: the engine's units, the flash controller and its tables."""
