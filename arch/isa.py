@@ -223,6 +223,11 @@ class Program:
     segments: Iterable[Segment]
     tags: Sequence[str] = ()
 
+    def flat(self, region: str = "code") -> np.ndarray:
+        """All records of a region as one array, repetitions written out. For programs that fit in memory."""
+        parts = [s.regions[region] for s in self.segments for _ in range(s.repeat)]
+        return np.concatenate(parts) if parts else np.zeros(0, self.isa.record(region).dtype)
+
     def text(self) -> str:
         """The program in assembler text; `isa.assemble` reads back the same program, tags included."""
         lines: list[str] = []

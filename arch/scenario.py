@@ -46,13 +46,15 @@ class Mapped:
     """A model mapped onto a machine.
 
     `tags[i]` describes tag i of the program; `document` is the mapping as a person may read, keep and hand
-    back (`--mapping-out`, `--mapping`); `steps` counts the program's segments, one for each step.
+    back (`--mapping-out`, `--mapping`); `steps` counts the program's segments. A segment is a step (the prompt, or a
+    token) of its own, unless `step_of` has the step of each.
     """
 
     program: Program
     tags: Sequence[TagInfo]
     steps: int
     document: Mapping[str, Any]
+    step_of: Sequence[int] | None = None
     notes: Sequence[str] = field(default=())
     assumed: Sequence[str] = field(default=())
 

@@ -1,4 +1,4 @@
-"""The contracts of `arch` hold for four machines that have little in common, though only one is built yet.
+"""The contracts of `arch` hold for four machines that have little in common, though only two are built yet.
 
 One Program and one Timeline must carry: a stream of DRAM macro-commands (process-in-memory), one instruction
 over a whole tile loop (LUT tensor core), configuration of a fused dataflow section and its launch (a
@@ -10,40 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from tilewright.arch import pim
+from tilewright.arch import lut, pim
 from tilewright.arch.isa import Field, InstructionSet, Op, Program, Record
 from tilewright.arch.timeline import Timeline, fold_spans
 from tilewright.rtl.layouts import layout_of
 
 # ---- four instruction sets ----------------------------------------------------------------------------
-
-# `lmma.{M}{N}{K}.{A}{W}{Accum}{O}` of LUT Tensor Core (arXiv 2408.06003, 3.3): the sheet of operand types is
-# the instruction's name there, fields here; m, n, k count elements of the whole GEMM, not of one tile.
-LUT = InstructionSet(
-    "lut",
-    (
-        Record(
-            "code",
-            (
-                Field("m", 24, "rows of activations", 1),
-                Field("n", 24, "rows of weights, stored N-major", 1),
-                Field("k", 24, "length of a dot product", 1),
-                Field("a", 2, "type of the activations", names=("fp16", "int8", "fp8")),
-                Field("w_bits", 3, "bits of a weight, one cycle each", 1),
-                Field("src", 40, "byte address of the activations", base=16),
-                Field("weights", 40, "byte address of the weights", base=16),
-                Field("dst", 40, "byte address of the result", base=16),
-                Field("zero", 8, "zero point of the weights", signed=True),
-            ),
-            (
-                Op(
-                    "TABLE", ("m", "k", "a", "src", "dst"), "the dot products of 4 activations with all signs"
-                ),
-                Op("LMMA", ("m", "n", "k", "a", "w_bits", "src", "weights", "dst", "zero"), "table lookups"),
-            ),
-        ),
-    ),
-)
 
 # SN40L (arXiv 2405.07518, IV): compute units, memory units and switches are configured, arguments are loaded,
 # then the kernel is launched.
@@ -126,8 +98,11 @@ GEMV channels=0xff row=3 cols=64 outs=12 pitch=64 dst=128 stride=12 tag=qkv
 ADD dst=128 src=128 src2=512 n=1536 tag=bias
 """
 LUT_TEXT = """\
-TABLE m=2048 k=3200 a=int8 src=0x10000 dst=0x8000000000 tag=table
-LMMA m=2048 n=8640 k=3200 a=int8 w_bits=2 zero=-2 src=0x8000000000 weights=0x2000000 dst=0x40000000 tag=up
+LOAD_A count=64 tag=load
+LOAD_W half=1 count=256 line=4096 level=l2 tag=load
+LMMA weight=1 m_tiles=8 n_tiles=4 groups=8 bits=2 tag=up
+STORE count=32 line=65536 tag=up
+ORDINARY operations=1000 bytes=4096 level=l2 tag=gate
 """
 RDU_TEXT = """\
 # Gemm0 -> Mul -> Transpose -> Gemm1, fused: the transpose is an order of reading, not a unit
@@ -159,7 +134,7 @@ class Machine:
 
 MACHINES = {
     "pim": Machine(pim.ISA, PIM_TEXT, ("qkv", "bias")),
-    "lut": Machine(LUT, LUT_TEXT, ("table", "up")),
+    "lut": Machine(lut.ISA, LUT_TEXT, ("load", "up", "gate")),
     "rdu": Machine(RDU, RDU_TEXT, ("gemm0", "mul", "gemm1")),
     "csd": Machine(CSD, CSD_TEXT, ("attend", "append")),
 }
@@ -223,12 +198,10 @@ def test_pim_decode_step_is_one_instruction_for_a_row_of_banks():
 
 
 def test_lut_one_instruction_covers_the_tile_loop():
-    code = next(iter(LUT.assemble(LUT_TEXT).segments)).regions["code"]
-    m, n, k, b = (int(code[f][1]) for f in ("m", "n", "k", "w_bits"))
-    # The array computes 2 x 64 outputs over 4 inputs in w_bits cycles: 1024 * 135 * 800 * 2 for 2048 rows.
-    assert -(-m // 2) * -(-n // 64) * -(-k // 4) * b == 221_184_000
-    assert code["src"][1] == 1 << 39  # beyond 32 bits
-    assert code["zero"][1] == -2
+    code = next(iter(lut.ISA.assemble(LUT_TEXT).segments)).regions["code"]
+    loops = ("m_tiles", "n_tiles", "groups", "bits")
+    assert [int(code[name][2]) for name in loops] == [8, 4, 8, 2]  # 512 planes
+    assert code["level"].tolist() == [0, 1, 0, 0, 1]
 
 
 def test_rdu_section_is_configuration_by_region_then_a_launch():

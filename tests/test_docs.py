@@ -3,10 +3,12 @@
 In a ```console block each line `$ tilewright ...` is run, in a folder that the page's blocks share; `$ cat > F`
 with the lines up to `EOF` writes a file. The lines below a command must appear in its output in that order,
 `...` stands for anything, in a line or for any lines. A block ```console no-run holds commands that take too
-long or set up the checkout (make, pip, git). ```python blocks are doctests or run as they are.
+long or set up the checkout (make, pip, git). ```python blocks are doctests or run as they are; with `needs=MODULE`
+behind the word only where that module is installed.
 """
 
 import doctest
+import importlib.util
 import os
 import re
 import shlex
@@ -108,9 +110,15 @@ def test_examples_of_a_page(page, tmp_path):
             assert commands(block.text), f"{page.name}:{block.line}: a console block without a command"
             for command, below in commands(block.text):
                 run(command, below, tmp_path)
-        elif block.info == ("python",):
+        elif block.info[:1] == ("python",) and _installed(block.info[1:]):
             _python(block, f"{page.name}:{block.line}", tmp_path)
     assert skipped <= MAX_NO_RUN, f"{page.name} has {skipped} blocks that nobody runs"
+
+
+def _installed(words: tuple[str, ...]) -> bool:
+    """Whether every module named by a word `needs=MODULE` is there; a word of another kind fails."""
+    assert all(word.startswith("needs=") for word in words), f"unknown words behind python: {' '.join(words)}"
+    return all(importlib.util.find_spec(word.removeprefix("needs=")) is not None for word in words)
 
 
 def _python(block: Block, name: str, folder: Path) -> None:
@@ -196,3 +204,6 @@ def test_a_wrong_example_fails(tmp_path):
         _python(Block(("python",), ">>> 1 + 1\n3\n", 1), "page", tmp_path)
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         _python(Block(("python",), "1 / 0\n", 1), "page", tmp_path)
+    assert _installed(("needs=json",)) and not _installed(("needs=json", "needs=no_such_module"))
+    with pytest.raises(AssertionError, match="unknown words behind python: no-run"):
+        _installed(("no-run",))

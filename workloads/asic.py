@@ -11,16 +11,30 @@ Newton-Raphson for the reciprocal, the fast inverse square root (Lomont, "Fast i
 
 from collections.abc import Callable
 from math import factorial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.arch import pim_asic as arch
 from tilewright.arch.formats import BF16
-from tilewright.arch.pim_asic import AsicSection
 from tilewright.workloads.formats import from_bits, to_bits
 
 F32 = NDArray[np.float32]
+
+
+class Counts(Protocol):
+    """How far series and iterations go: an AsicSection, or another machine's."""
+
+    @property
+    def exp_terms(self) -> int: ...
+
+    @property
+    def reciprocal_iterations(self) -> int: ...
+
+    @property
+    def rsqrt_iterations(self) -> int: ...
+
 
 _LOG2E = np.float32(arch.LOG2E)
 _LN2 = np.float32(arch.LN2)
@@ -52,7 +66,7 @@ def reduce(x: F32, lanes: int, join: Callable[[F32, F32], F32], start: float) ->
     return total
 
 
-def exp(x: F32, asic: AsicSection) -> F32:
+def exp(x: F32, asic: Counts) -> F32:
     """e**x = 2**k p(r): k = x log2(e) to the nearest even integer, r = (x - k ln 2), p the Taylor polynomial.
 
     k is found by adding 1.5 * 2**23 to the rounded product and subtracting it again. The product k ln 2 and the
@@ -74,7 +88,7 @@ def exp(x: F32, asic: AsicSection) -> F32:
     return np.where(np.isnan(x), x, np.where(inside, scaled, outside))
 
 
-def reciprocal(d: F32, asic: AsicSection) -> F32:
+def reciprocal(d: F32, asic: Counts) -> F32:
     """1/d for positive d: a seed from the bits of d, then r = r (2 - d r), `reciprocal_iterations` times.
 
     From 2**126 on the result is +0, as the seed leaves the normal range.
@@ -85,7 +99,7 @@ def reciprocal(d: F32, asic: AsicSection) -> F32:
     return np.where(np.isnan(d), d, np.where(d >= 2.0**126, np.float32(0), r))
 
 
-def rsqrt(d: F32, asic: AsicSection) -> F32:
+def rsqrt(d: F32, asic: Counts) -> F32:
     """1/sqrt(d) for d >= 0: a seed from the bits of d, then y = y (1.5 - d/2 y y), `rsqrt_iterations` times.
 
     The products associate to the left. For d = 0 the result is large and
@@ -98,7 +112,7 @@ def rsqrt(d: F32, asic: AsicSection) -> F32:
     return np.where(np.isnan(d), d, y)
 
 
-def softmax(x: F32, scale: np.float32, asic: AsicSection, lanes: int) -> F32:
+def softmax(x: F32, scale: np.float32, asic: Counts, lanes: int) -> F32:
     """exp(s - max s) * (1 / sum exp(s - max s)) with s = scale * x, over the last axis.
 
     The exponentials are summed as they are, and rounded to bfloat16 before they are divided: between the two
@@ -112,7 +126,7 @@ def softmax(x: F32, scale: np.float32, asic: AsicSection, lanes: int) -> F32:
 
 
 def layernorm(
-    x: F32, gain: F32, bias: F32, eps: np.float32, share: np.float32, asic: AsicSection, lanes: int
+    x: F32, gain: F32, bias: F32, eps: np.float32, share: np.float32, asic: Counts, lanes: int
 ) -> F32:
     """(x - mean) * rsqrt(variance + eps) * gain + bias, left to right, over the last axis.
 
@@ -125,12 +139,12 @@ def layernorm(
     return (x - mean) * rsqrt(variance + eps, asic) * gain + bias
 
 
-def rmsnorm(x: F32, gain: F32, eps: np.float32, share: np.float32, asic: AsicSection, lanes: int) -> F32:
+def rmsnorm(x: F32, gain: F32, eps: np.float32, share: np.float32, asic: Counts, lanes: int) -> F32:
     """x * rsqrt(mean square + eps) * gain, left to right; the mean as in `layernorm`."""
     return x * rsqrt(reduce(x * x, lanes, np.add, 0) * share + eps, asic) * gain
 
 
-def gelu(x: F32, asic: AsicSection) -> F32:
+def gelu(x: F32, asic: Counts) -> F32:
     """x / (1 + exp(-2u)), which is GELU's tanh form x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x**3).
 
     The cubic term is ((x x) x) 0.044715; the sum is scaled by -2 sqrt(2/pi), rounded to binary32.
@@ -138,7 +152,7 @@ def gelu(x: F32, asic: AsicSection) -> F32:
     return x * reciprocal(1 + exp((x + x * x * x * _GELU_CUBIC) * _GELU_SCALE, asic), asic)
 
 
-def silu(x: F32, asic: AsicSection) -> F32:
+def silu(x: F32, asic: Counts) -> F32:
     """x * (1 / (1 + exp(-x)))."""
     return x * reciprocal(1 + exp(-x, asic), asic)
 

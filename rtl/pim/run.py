@@ -1,38 +1,18 @@
 """Run programs on the RTL under Verilator, and bring back what the cycle model also says."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from tilewright.arch import pim as arch
-from tilewright.arch.isa import Program
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.rtl import pim
+from tilewright.rtl.cosim.cases import Case, Outcome
 from tilewright.rtl.cosim.simulator import Build, Job, build, run
 from tilewright.rtl.cosim.verilog import to_verilog
 from tilewright.rtl.lib.memory import MODEL
-
-Image = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A program with the timings and the memory image that it meets."""
-
-    params: arch.PimParams
-    program: Program
-    image: Image
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the RTL did: its Timeline (counters and stalls of the whole run) and the image it left, or an error."""
-
-    timeline: Timeline | None
-    image: Image
-    error: str | None = None
 
 
 def build_rtl(
@@ -44,12 +24,6 @@ def build_rtl(
     """
     verilog = to_verilog(pim.top(spec, depth=depth, trace_depth=trace_depth))
     return build(verilog, top="top", extra_sources=[MODEL], waves=waves)
-
-
-def flatten(program: Program) -> np.ndarray:
-    """The program as one array of instructions, repetitions written out."""
-    parts = [s.regions["code"] for s in program.segments for _ in range(s.repeat)]
-    return np.concatenate(parts) if parts else np.zeros(0, arch.ISA.record("code").dtype)
 
 
 def run_cases(
@@ -93,7 +67,7 @@ def _words(elements: np.ndarray, lanes: int) -> list[int]:
 
 def _job(case: Case, depth: int, trace_depth: int, max_ticks: int) -> Job:
     p = case.params
-    code = flatten(case.program)
+    code = case.program.flat()
     if len(code) > depth:
         raise ValueError(f"the RTL's code memory holds {depth} instructions, not {len(code)}")
     layout = arch.hostmap(p, depth, trace_depth)
@@ -131,7 +105,7 @@ def _outcome(case: Case, depth: int, trace_depth: int, result) -> Outcome:
     status_words, log_words, sram_words, *rest = result.reads
     trace_words, gb_words = rest[: -p.channels], rest[-p.channels :]
     status = dict(zip(arch.status_names(p), layout.unpack("status", status_words), strict=True))
-    code = flatten(case.program)
+    code = case.program.flat()
     log = layout.unpack("log", log_words)[: len(code)]
     firsts = (log & np.uint64(0xFFFFFFFF)).astype(np.int64)
     ends = (log >> np.uint64(32)).astype(np.int64)

@@ -24,8 +24,9 @@ def plain(value: Any) -> Any:
 
 
 def listing() -> list[Any]:
-    """Tables of targets and presets, roofline devices, models, DRAM devices and their standards."""
+    """Tables of targets and presets, roofline devices, models, DRAM and flash devices."""
     from tilewright.arch.dram import dram_presets, load_dram_preset
+    from tilewright.arch.flash import flash_presets, load_flash
     from tilewright.workloads.models import builtin_models, load_model
 
     presets = grid("Specs", "name", "target", "description")
@@ -42,7 +43,10 @@ def listing() -> list[Any]:
     for name in dram_presets():
         preset = load_dram_preset(name)
         drams.add_row(name, preset.standard.name, preset.title)
-    return [presets, "", rooflines, "", models, "", drams]
+    flashes = grid("Flash devices", "name", "description")
+    for name in flash_presets():
+        flashes.add_row(name, load_flash(name).description)
+    return [presets, "", rooflines, "", models, "", drams, "", flashes]
 
 
 # ---- show ---------------------------------------------------------------------------------------------

@@ -48,13 +48,15 @@ Waves = Annotated[str | None, Option(metavar="FILE.vcd", help="Write the RTL's w
 Subject = Annotated[str, Argument(metavar="TARGET|SPEC|REPLAY.json", help="Also a mismatch that was kept.")]
 Structures = Annotated[int | None, Option("--specs", metavar="N", help="Random specs.")]
 Programs = Annotated[int | None, Option(metavar="N", help="Random programs for each spec.")]
-Target = Annotated[str, Argument(metavar="TARGET", help="A target with published rows: pim.")]
+Target = Annotated[str, Argument(metavar="TARGET", help="A target with published rows: lut, pim.")]
 AsPublished = Annotated[
     int | None, Option("--generate", help="Tokens to generate, as published unless given.")
 ]
 Sensitive = Annotated[
     bool, Option("--sensitivity/--no-sensitivity", help="Move each assumed number by 10 % either way.")
 ]
+Flash = Annotated[str, Argument(metavar="PRESET", help="Flash preset or YAML file.")]
+PageTrace = Annotated[str, Option("--trace", metavar="FILE.csv", help="Page operations: docs/flash.md.")]
 Out = Annotated[str, Option("--out", "-o", metavar="FILE.v", help="Verilog; - is stdout.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Schema = Annotated[bool, Option("--schema", help="Print the JSON Schema of spec files, for editors.")]
@@ -187,3 +189,11 @@ def reproduce(
     from tilewright import commands
 
     commands.reproduce(target, generate=generate, sensitivity=sensitivity, json=json)
+
+
+@app.command()
+def flash(preset: Flash, trace: PageTrace, sets: Sets = None, json: Json = None) -> None:
+    """Run a page trace on a NAND flash device: throughput, latency, what channels and dies did."""
+    from tilewright import commands
+
+    commands.flash(preset, sets or (), trace, json=json)

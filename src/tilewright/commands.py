@@ -144,3 +144,15 @@ def reproduce(slug: str, *, generate: int | None, sensitivity: bool, json: str |
         report.write_document(json, reports.document(found))
     if json != output.STDOUT:
         output.show(reports.tables(found))
+
+
+def flash(name: str, sets: Sequence[str], trace: str, *, json: str | None) -> None:
+    """`tilewright flash`."""
+    from tilewright import flash as flashing
+
+    output.check_outputs(json)
+    done = flashing.replay(name, sets, trace)
+    if json is not None:
+        report.write_document(json, flashing.document(done))
+    if json != output.STDOUT:
+        output.show(flashing.tables(done))

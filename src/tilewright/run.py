@@ -1,6 +1,6 @@
 """The main job: map a model onto a machine, simulate it, price it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def run(
     model: ModelConfig,
     scenario: Scenario,
     *,
-    mapping: str | None = None,
+    mapping: str | Mapping[str, Any] | None = None,
     mapping_out: str | None = None,
     trace: str | None = None,
     trace_limit: int = LIMIT,
@@ -33,7 +33,8 @@ def run(
 ) -> Result:
     """The model on the device: a target's cycle model, or a roofline.
 
-    `mapping` and `mapping_out` are files to read the mapping from and to write it to; `trace` is a file for a
+    `mapping` is a document that overrides choices of the mapper, or a file of it, `mapping_out` a file to write the
+    whole mapping to; `trace` is a file for a
     trace of at most `trace_limit` commands of each channel, where the device is a target; `by_step` keeps a span
     for each step; without `fold` every event is simulated (the integers are the same). Raises UserError for
     what does not fit or is not supported.
@@ -43,7 +44,7 @@ def run(
 
         return run_roofline(spec, model, scenario, by_step)
     slug = spec.target_name
-    chosen = None if mapping is None else read_mapping(mapping)
+    chosen = read_mapping(mapping) if isinstance(mapping, str) else mapping
     mapped = registry.room("mappers", slug).map_model(spec, model, scenario, chosen)
     if mapping_out is not None:
         with replacing(mapping_out) as file:
@@ -66,7 +67,9 @@ def run(
         assumed=spec.assumed(),
         choices=mapped.assumed,
         notes=mapped.notes,
-        **of_timeline(timeline, mapped.tags, registry.room("arch", slug).energy(spec), by_step),
+        **of_timeline(
+            timeline, mapped.tags, registry.room("arch", slug).energy(spec), by_step, mapped.step_of
+        ),
     )
 
 

@@ -124,8 +124,11 @@ def of_timeline(
     tags: Sequence[TagInfo],
     rows: Sequence[EnergyRow] | None,
     by_step: bool = False,
+    step_of: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Cycles, energy, counters, units, operators and spans of a Timeline: keyword arguments of `Result`.
+
+    `step_of` has the step of each segment, where a segment is not a step of its own.
 
     Cycles of a tag are those that the first unit, which issues the work, spends on it: they add up to the
     run even where the spans of tags overlap. `rows` None: the energy is not known.
@@ -145,7 +148,7 @@ def of_timeline(
         "counters": timeline.totals(),
         "units": {u: _unit(timeline.unit(u)) for u in timeline.units},
         "operators": _operators(timeline, tags, cycles, calls, energy),
-        "spans": _steps(timeline, tags, bound)
+        "spans": _steps(timeline, tags, bound, step_of)
         if by_step
         else _sums(timeline, tags, cycles, calls, energy, bound),
     }
@@ -202,13 +205,15 @@ def _sums(
     )
 
 
-def _steps(timeline: Timeline, tags: Sequence[TagInfo], bound: Sequence[str]) -> Spans:
+def _steps(
+    timeline: Timeline, tags: Sequence[TagInfo], bound: Sequence[str], step_of: Sequence[int] | None
+) -> Spans:
     """The Timeline's own rows. Energy and what binds are known for the whole run only."""
     s = timeline.spans
     return Spans(
         tags=tags,
         tag=s["tag"],
-        step=s["segment"],
+        step=s["segment"] if step_of is None else np.array(step_of, np.int64)[s["segment"]],
         start=s["first"],
         end=s["end"],
         cycles=s["ticks"],

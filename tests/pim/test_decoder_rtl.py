@@ -10,7 +10,7 @@ from tilewright.arch.isa import Program
 from tilewright.arch.pim import N_CHANNEL_OPS, OPS
 from tilewright.arch.scenario import Scenario
 from tilewright.mappers.pim import map_model, place_weights
-from tilewright.rtl.pim.run import Case, build_rtl, flatten, run_cases
+from tilewright.rtl.pim.run import Case, build_rtl, run_cases
 from tilewright.sim.pim import simulate
 from tilewright.workloads.pim import interpret
 
@@ -70,6 +70,6 @@ def test_a_decoder_on_the_rtl(model):
             state = {name: outcome.image[name] for name in image}
             if step + 1 < GENERATED:
                 assert state["argmax"][1] == tokens[step + 1]
-        used = {OPS[int(op)].name for op in flatten(mapped.program)["op"]}
+        used = {OPS[int(op)].name for op in mapped.program.flat()["op"]}
         assert used >= {"GEMV", "WR_EL", "SOFTMAX", "ARGMAX", "ADD"}
         assert len([op for op in OPS[N_CHANNEL_OPS:] if op.name in used]) >= 5

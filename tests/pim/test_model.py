@@ -269,7 +269,7 @@ def test_full_size_traces_are_legal(seed, number):
     """16 banks, 16 lanes and published timings: the independent referee reads the model's trace."""
     s = engine.Structure("pim-gpt", registry.load_spec("pim-gpt", ["channels=2"]), keep_timing=True)
     case = plan.case(s, number, (seed,))
-    steps = plan.one_by_one(ISA.assemble(case.text))
+    steps = engine.one_by_one(ISA.assemble(case.text))
     timeline = plan.simulate(case.spec, steps, fold=False, trace=True)
     assert plan.referee(case.spec, timeline, most=150) is None
 

@@ -236,7 +236,7 @@ def test_the_referee_objects_to_a_command_too_early():
     """Every DRAM command of the trace is judged: moved one tick ahead, a stalled one is illegal."""
     s = structure(0)
     case = plan.case(s, 0, (0, 0))
-    program = plan.one_by_one(plan.ISA.assemble(case.text))
+    program = engine.one_by_one(plan.ISA.assemble(case.text))
     timeline = plan.simulate(case.spec, program, fold=False, trace=True)
     assert plan.referee(case.spec, timeline, most=300) is None
     moved = timeline.trace.copy()

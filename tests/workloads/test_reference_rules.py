@@ -11,7 +11,7 @@ import pytest
 import tilewright.workloads
 
 FOLDER = Path(tilewright.workloads.__file__).parent
-KERNELS = ("formats.py", "asic.py", "pim.py")
+KERNELS = ("formats.py", "asic.py", "pim.py", "lut_kernels.py", "csd_kernels.py")
 FORBIDDEN = {
     "sum", "nansum", "cumsum", "prod", "cumprod", "mean", "average", "var", "std", "dot", "vdot", "inner",
     "outer", "matmul", "einsum", "tensordot", "convolve", "trace", "linalg", "fft", "accumulate", "reduceat",

@@ -16,12 +16,13 @@ from tilewright.workloads.models import load_model
 
 
 class Job(NamedTuple):
-    """A model on a device."""
+    """A model on a device; `mapping` overrides choices of a target's mapper."""
 
     spec: str
     model: str
     scenario: Scenario
     sets: tuple[str, ...] = ()
+    mapping: Mapping[str, Any] | None = None
 
 
 class Outcome(NamedTuple):
@@ -39,7 +40,7 @@ class Outcome(NamedTuple):
 
 def run_job(job: Job) -> Outcome:
     """Run one. Raises UserError."""
-    r = run(load_device(job.spec, job.sets), load_model(job.model), job.scenario)
+    r = run(load_device(job.spec, job.sets), load_model(job.model), job.scenario, mapping=job.mapping)
     assert r.energy_j is not None
     operators = {o.name: o.cycles for o in r.operators}
     return Outcome(job, r.cycles, float(r.time_s), r.energy_j, r.counters, r.units, operators, r.lower_bound)

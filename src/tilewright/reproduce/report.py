@@ -105,7 +105,7 @@ def _model_table(found: Reproduction) -> Any:
     for row in found.models:
         cells = [str(row["model"])]
         for key in found.headings:
-            unit = {"time_s": "s", "energy_j": "J"}.get(key)
+            unit = {"_s": "s", "_j": "J"}.get(key[-2:])
             cells.append(engineering(float(row[key]), unit) if unit else _figure(float(row[key])))
         table.add_row(*cells)
     table.columns[-1].no_wrap = True
@@ -123,7 +123,8 @@ def sensitivity_tables(found: Sensitivity) -> list[Any]:
         if e.value and e.size < NEGLIGIBLE and not e.refused
     ]
     refused = [e.key for e in found.effects if e.refused]
-    title = f"assumed numbers less and more 10 %: {found.job.model}, {s.generate} tokens"
+    prompt = f"prompt {s.prompt}, " if s.prompt else ""
+    title = f"assumed numbers less and more 10 %: {found.job.model}, {prompt}{s.generate} tokens"
     table = grid(title, "key", ">value", ">less", ">more", ">time %", ">energy %")
     table.columns[-1].no_wrap = True
     for e in shown:

@@ -22,7 +22,7 @@ import numpy as np
 from tilewright.arch import registry
 from tilewright.arch import spec as spec_files
 from tilewright.arch.errors import UserError, nearest
-from tilewright.arch.isa import InstructionSet, Program
+from tilewright.arch.isa import InstructionSet, Program, Segment
 from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import Timeline
 
@@ -90,9 +90,6 @@ class Plan(Protocol):
 
     def image(self, spec: spec_files.Spec, seed: int) -> Image: ...
 
-    def one_by_one(self, program: Program) -> Program:
-        """The program in one segment, repetitions written out, instruction i with tag i."""
-
     def interpret(self, spec: spec_files.Spec, program: Program, image: Image) -> Image: ...
 
     def simulate(self, spec: spec_files.Spec, program: Program, *, fold: bool, trace: bool) -> Timeline: ...
@@ -111,6 +108,13 @@ class Plan(Protocol):
 
     def count(self, observed: Observed) -> Counter[str]:
         """What the case exercised, by the names of COVERAGE and others."""
+
+
+def one_by_one(program: Program) -> Program:
+    """The program in one segment, repetitions written out, instruction i with tag i."""
+    code = program.flat()
+    code["tag"] = np.arange(len(code))
+    return Program(program.isa, [Segment({"code": code})], [str(i) for i in range(len(code))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +294,7 @@ class _Session:
     def _observe(self, structure: Structure, i: int, case: Case) -> Observed:
         plan = self.plan
         program = plan.ISA.assemble(case.text, f"program {i} of {structure.name}")
-        steps = plan.one_by_one(program)
+        steps = one_by_one(program)
         before = plan.image(case.spec, case.image_seed)
         timeline = plan.simulate(case.spec, steps, fold=False, trace=True)
         after = plan.interpret(case.spec, program, before)
@@ -307,7 +311,7 @@ class _Session:
 
     def waves(self, structure: Structure, case: Case, path: Path) -> None:
         plan = self.plan
-        steps = plan.one_by_one(plan.ISA.assemble(case.text))
+        steps = one_by_one(plan.ISA.assemble(case.text))
         job = (case.spec, steps, plan.image(case.spec, case.image_seed))
         plan.run_rtl(plan.build(structure.spec, True), [job], path)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -33,6 +35,22 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, old)
+
+
+def told(sim: ModuleType, change: Callable[[Any], Any]) -> AbstractContextManager[None]:
+    """The model of module `sim` is given other params than the RTL."""
+    true = sim.simulate
+
+    def simulate(params: Any, *args: Any, **options: Any) -> Any:
+        return true(change(params), *args, **options)
+
+    return replaced(sim, "simulate", simulate)
+
+
+def constant(array: np.ndarray) -> np.ndarray:
+    """Read-only like the array of params that it replaces: a writable one would have the kernels compiled anew."""
+    array.flags.writeable = False
+    return array
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from tilewright.arch import pim as arch
 from tilewright.arch import spec as specs
 from tilewright.arch.dram import Issued, Organisation
 from tilewright.arch.errors import UserError
-from tilewright.arch.isa import Program, Segment
+from tilewright.arch.isa import Program
 from tilewright.arch.timeline import Timeline
 from tilewright.sim import pim as sim
 from tilewright.sim.dram_check import check_trace
@@ -457,14 +457,6 @@ def image(spec: arch.PimSpec, seed: int) -> dict[str, np.ndarray]:
 
 
 # ---- the three readings -------------------------------------------------------------------------------
-
-
-def one_by_one(program: Program) -> Program:
-    """The program in one segment, repetitions written out, instruction i with tag i."""
-    parts = [s.regions["code"] for s in program.segments for _ in range(s.repeat)]
-    code = np.concatenate(parts) if parts else np.zeros(0, ISA.record("code").dtype)
-    code["tag"] = np.arange(len(code))
-    return Program(ISA, [Segment({"code": code})], [str(i) for i in range(len(code))])
 
 
 def interpret(spec: arch.PimSpec, program: Program, image: Image) -> dict[str, np.ndarray]:

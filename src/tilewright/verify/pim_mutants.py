@@ -1,6 +1,5 @@
 """Faults that the plan of target pim must catch."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from importlib import import_module
@@ -12,7 +11,7 @@ from tilewright.arch import pim as arch
 from tilewright.arch.formats import BF16, FloatFormat
 from tilewright.arch.pim import CMD, PimParams
 from tilewright.sim import pim as sim
-from tilewright.verify.mutants import Mutant, edited, replaced
+from tilewright.verify.mutants import Mutant, constant, edited, replaced, told
 from tilewright.workloads import asic as vectors
 from tilewright.workloads import formats
 from tilewright.workloads import pim as meaning
@@ -38,22 +37,6 @@ def _shorter(command: int) -> AbstractContextManager[None]:
         return out
 
     return replaced(arch, "register_values", values)
-
-
-def _told(change: Callable[[PimParams], PimParams]) -> AbstractContextManager[None]:
-    """The model is given other parameters than the RTL."""
-    true = sim.simulate
-
-    def simulate(p: PimParams, *args: Any, **options: Any) -> Any:
-        return true(change(p), *args, **options)
-
-    return replaced(sim, "simulate", simulate)
-
-
-def _constant(array: np.ndarray) -> np.ndarray:
-    """Read-only like the array it replaces: a writable one would have the kernels compiled anew."""
-    array.flags.writeable = False
-    return array
 
 
 def _halves(bank: np.ndarray, buffer: np.ndarray, fmt: FloatFormat) -> np.ndarray:
@@ -173,17 +156,17 @@ MUTANTS = (
     ),
     Mutant(
         "model: strips one group longer",
-        partial(_told, lambda p: p._replace(register_rows=p.register_rows + 1)),
+        partial(told, sim, lambda p: p._replace(register_rows=p.register_rows + 1)),
         _TWO_LANES,
     ),
     Mutant(
         "model: a step's result one cycle late",
-        partial(_told, lambda p: p._replace(step_latency=p.step_latency + 1)),
+        partial(told, sim, lambda p: p._replace(step_latency=p.step_latency + 1)),
         _TWO_LANES,
     ),
     Mutant(
         "model: nothing executes alongside",
-        partial(_told, lambda p: p._replace(overlap=0)),
+        partial(told, sim, lambda p: p._replace(overlap=0)),
         _TWO_LANES,
     ),
     Mutant(
@@ -193,15 +176,16 @@ MUTANTS = (
         25,
     ),
     Mutant(
-        "model: refresh interval one tick longer", partial(_told, lambda p: p._replace(n_refi=p.n_refi + 1))
+        "model: refresh interval one tick longer",
+        partial(told, sim, lambda p: p._replace(n_refi=p.n_refi + 1)),
     ),
     Mutant(
         "model: the drain is one tick long",
-        partial(_told, lambda p: p._replace(drain=_constant(p.drain + 1))),
+        partial(told, sim, lambda p: p._replace(drain=constant(p.drain + 1))),
     ),
     Mutant(
         "model: banks open in the order of their numbers",
-        partial(_told, lambda p: p._replace(stagger_order=_constant(np.arange(p.n_banks)))),
+        partial(told, sim, lambda p: p._replace(stagger_order=constant(np.arange(p.n_banks)))),
     ),
     Mutant(
         "model: refresh phase drifts",
