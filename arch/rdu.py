@@ -67,7 +67,8 @@ def dynamic_flow(x: int, y: int, port: int = 0) -> int:
 
 # ---- units, causes, counters --------------------------------------------------------------------------
 
-UNITS = ("pcu", "pmu.read", "pmu.write", "switch", "agcu")
+UNITS = ("pcu", "pmu.write", "pmu.read", "agcu")
+# Units are named by kind and place: `pcu@3,1`, `pmu.read@2,1`, `agcu@0`; besides, there are `sequencer` and `dma`.
 # Charging order of a stalled tick. "output": what is done can't leave; "drain": the results of the tile before are
 # still leaving the array; "bank": a bank serves another access; "token": a control token is missing; "operand": an
 # input is empty; "interval": the accumulator is at work, or the throttle holds; "memory": the off-chip memory moves
@@ -79,10 +80,10 @@ CAUSES = (
 )
 CAUSE = {name: i + 1 for i, name in enumerate(CAUSES)}  # activity of a unit: 0 is busy
 # Iterations, lane operations and multiply-accumulates of PCUs; words read and written, ticks in which banks conflict,
-# addresses out of range of PMUs; packets by link of switches; vectors of AGCUs by tier.
+# addresses out of range of PMUs; packets by link; lines of AGCUs by tier, lines of the DMA; kernels.
 COUNTERS = (
     *("iterations", "lane_ops", "macs", "words_read", "words_written", "bank_conflicts", "dropped"),
-    *("vector_hops", "scalar_hops", "hbm_vectors", "ddr_vectors", "remote_vectors", "launches"),
+    *("vector_hops", "scalar_hops", "hbm_lines", "ddr_lines", "remote_lines", "copied_lines", "launches"),
 )
 
 # ---- configuration ------------------------------------------------------------------------------------
@@ -96,8 +97,12 @@ TYPES = ("fp32", "bf16", "int32")
 FOLDS = ("none", "add", "maximum", "minimum")
 OPERANDS = ("register", "constant", "counter", "lane")
 TIERS = ("hbm", "ddr", "remote")
+FUNCTIONS = ("none", "exp", "reciprocal", "rsqrt", "sigmoid")
+FORMATS = ("word", "bf16")
+ELEMENT_BYTES = (4, 2)  # of each format, off chip
 
-_PLACE = (Field("x", 6, "column"), Field("y", 6, "row"))
+_PLACE = (Field("x", X_BITS, "column"), Field("y", Y_BITS, "row"))
+_TAG = Field("tag", 16, "operator that the unit works for", tag=True)
 
 
 def _level(name: str, doc: str) -> Field:
@@ -112,6 +117,10 @@ def chain_fields(prefix: str = "") -> tuple[Field, ...]:
         _level(f"{prefix}wait_level", "before the first iteration"),
         Field(f"{prefix}signal", TOKENS, "control outputs that give a token each", base=16),
         _level(f"{prefix}signal_level", "behind the last iteration"),
+        *(
+            Field(f"{prefix}hold{i}", 4, f"tokens that control input {i} holds at the start")
+            for i in range(TOKENS)
+        ),
         Field(f"{prefix}interval", 12, "fewest ticks between iterations (packet throttling)", 1),
     )
 
@@ -152,11 +161,15 @@ CONFIG_PCU = Record(
         _level("fold_level", "an accumulated result leaves"),
         Field("fold_type", 2, "number format of accumulation and tree", names=TYPES),
         Field("tree", 2, "reduction across the lanes", names=FOLDS),
+        Field("function", 3, "special function of the tail", names=FUNCTIONS),
+        Field("gated", 1, "what the function gives is multiplied by the register `gate`"),
+        Field("gate", 4, "register that travels along to the tail; without fold and tree"),
         Field("round", 1, "results are rounded to bfloat16 in the tail"),
         Field("send_vector", 1, "results leave by the vector output"),
         Field("send_scalar", 1, "lane 0 of the results leaves by the scalar output"),
         *_output(),
         Field("scalar_flow", FLOW_BITS, "flow of scalar packets", base=16),
+        _TAG,
     ),
     at=("x", "y"),
     command=False,
@@ -202,6 +215,7 @@ CONFIG_PMU = Record(
         *chain_fields("read_"),
         *_pattern("read_"),
         *_output(),
+        _TAG,
     ),
     at=("x", "y"),
     command=False,
@@ -224,9 +238,11 @@ CONFIG_TOKEN = Record(
     "config.token",
     (
         *_PLACE,
+        Field("from_agcu", 1, "the token comes from the AGCU at this switch, not from the unit"),
         Field("output", 3, "control output; those of a PMU's read side follow its write side's"),
-        Field("to_x", 6, "column of the unit that takes the token"),
-        Field("to_y", 6, "its row"),
+        Field("to_x", X_BITS, "column of the unit that takes the token"),
+        Field("to_y", Y_BITS, "its row"),
+        Field("to_agcu", 1, "it is the AGCU at that switch, not the unit"),
         Field("input", 3, "its control input; those of a PMU's read side follow its write side's"),
     ),
     at=("x", "y"),
@@ -241,8 +257,10 @@ CONFIG_AGCU = Record(
         *chain_fields(),
         Field("argument", 8, "argument register that holds the first byte's address"),
         *(Field(f"stride{n}", 40, f"bytes an iteration of level {n}", signed=True) for n in range(LEVELS)),
-        Field("socket", 8, "the other socket, for tier remote"),
+        Field("words", 7, "consecutive elements of an iteration; the lanes behind are 0"),
+        Field("format", 1, "of an element off chip: bf16 is the upper half of a word", names=FORMATS),
         *_output(),
+        _TAG,
     ),
     at=("agcu",),
     command=False,
@@ -253,30 +271,47 @@ ARGS = Record(
     at=("index",),
     command=False,
 )
-# The three commands of a kernel launch (arXiv 2405.07518, IV-D).
+# The three commands of a kernel launch (arXiv 2405.07518, IV-D), and transfers between memories.
 OPS = (
-    Op("PROGRAM_LOAD", ("section",), "the configuration of a section into all units"),
-    Op("ARGUMENT_LOAD", ("first", "count"), "argument registers, one after the other"),
-    Op("KERNEL_EXECUTE", ("section", "host"), "start every unit, and wait until all are done"),
+    Op(
+        "PROGRAM_LOAD",
+        ("section", "host"),
+        "the configuration records of a segment into the units, which are all off before",
+    ),
+    Op("ARGUMENT_LOAD", ("section", "host"), "the argument registers of a segment"),
+    Op("KERNEL_EXECUTE", ("host",), "start every unit, and wait until all are done"),
+    Op(
+        "COPY",
+        ("source", "target", "from", "to", "lines"),
+        "lines from one memory to the other, alongside what follows",
+    ),
+    Op("WAIT", (), "until the last COPY is done"),
 )
+OP = {op.name: i for i, op in enumerate(OPS)}
+LINE_BITS = 38  # of a line's number within a memory
 CODE = Record(
     "code",
     (
-        Field("section", 16, "segment that holds the configuration"),
-        Field("first", 8, "first argument register"),
-        Field("count", 8, "argument registers", 1),
+        Field("section", 16, "segment that holds the records"),
         Field("host", 1, "scheduled by the host's software, rather than by the AGCUs"),
+        Field("source", 2, "memory that is read", names=TIERS),
+        Field("target", 2, "memory that is written", names=TIERS),
+        Field("from", LINE_BITS, "first line read"),
+        Field("to", LINE_BITS, "first line written"),
+        Field("lines", LINE_BITS, "lines copied", 1),
     ),
     OPS,
 )
+CONFIGS = (CONFIG_PCU, CONFIG_STAGE, CONFIG_PMU, CONFIG_SWITCH, CONFIG_TOKEN, CONFIG_AGCU)
 ISA = InstructionSet(
     "rdu",
-    (CONFIG_PCU, CONFIG_STAGE, CONFIG_PMU, CONFIG_SWITCH, CONFIG_TOKEN, CONFIG_AGCU, ARGS, CODE),
+    (*CONFIGS, ARGS, CODE),
 )
 
 # ---- spec ---------------------------------------------------------------------------------------------
 
 MAX_TICKS = 1 << 20
+RATE_BITS = 31  # of numerator and denominator of a rate
 Cycles = Annotated[int, Limits(ge=1, le=64)]
 Efficiency = Annotated[Positive, Limits(le=1)]
 
@@ -300,6 +335,9 @@ class PcuSection(Section):
     scalar_inputs: Annotated[int, Limits(ge=0, le=INPUTS)]
     op_latency_cycles: Annotated[int, Limits(ge=1, le=16)]
     systolic: bool
+    exp_terms: Annotated[int, Limits(ge=1, le=16)]
+    reciprocal_iterations: Annotated[int, Limits(ge=0, le=8)]
+    rsqrt_iterations: Annotated[int, Limits(ge=0, le=8)]
 
 
 class PmuSection(Section):
@@ -331,9 +369,13 @@ class AgcuSection(Section):
 
 
 class TierSection(Section):
-    """A memory of one socket, by size, bandwidth and latency; a socket without it has 0 bytes."""
+    """A memory of one socket, by size, bandwidth and latency; a socket without it has 0 bytes.
+
+    AGCU i has its share of channel i modulo `channels`, which moves at most a line of `lanes` words a tick.
+    """
 
     bytes: Annotated[int, Limits(ge=0, le=1 << 44)]
+    channels: Annotated[int, Limits(ge=1, le=128)]
     gb_per_s: Positive
     efficiency: Efficiency
     latency_ns: Positive
@@ -347,12 +389,14 @@ class MemorySection(Section):
 
 
 class NodeSection(Section):
-    """Sockets of one host, and how they reach one another."""
+    """Sockets of one host, how they reach one another, and the DMA between their memories: `copy_lines` a beat."""
 
     sockets: Annotated[int, Limits(ge=1, le=64)]
     p2p_gb_per_s: Positive
+    p2p_channels: Annotated[int, Limits(ge=1, le=128)]
     p2p_latency_ns: Positive
     ddr_to_hbm_gb_per_s: Positive
+    copy_lines: Annotated[int, Limits(ge=1, le=8)]
 
 
 class LaunchSection(Section):
@@ -394,6 +438,9 @@ class RduParams(NamedTuple):
     scalar_inputs: int
     op_latency: int
     systolic: int
+    exp_terms: int
+    reciprocal_iterations: int
+    rsqrt_iterations: int
     banks: int
     bank_words: int
     pmu_counters: int
@@ -407,10 +454,14 @@ class RduParams(NamedTuple):
     agcus_per_side: int
     agcu_counters: int
     in_flight: int
-    rate_p: np.ndarray  # int64[tiers]: vectors of one socket, p in q ticks
+    channels: np.ndarray  # int64[tiers]
+    rate_p: np.ndarray  # int64[tiers]: lines of one channel, p in q ticks
     rate_q: np.ndarray
     latency: np.ndarray  # int64[tiers], ticks
-    tier_bytes: np.ndarray  # int64[tiers]; another socket's count as its HBM's
+    tier_lines: np.ndarray  # int64[tiers]; another socket's count as its HBM's
+    copy_p: int  # beats of the DMA, p in q ticks
+    copy_q: int
+    copy_lines: int  # of a beat
     sockets: int
     program_load: int  # ticks
     argument_load: int
@@ -464,6 +515,26 @@ class RduSpec(Spec):
         for name, n in zip(TIERS, self.latencies, strict=True):
             if n >= MAX_TICKS:
                 raise ValueError(f"the latency of {name} is {n} ticks; at most {MAX_TICKS - 1} are modelled")
+        for name, rate, key in zip(
+            (*TIERS, "the copies"),
+            (*self.line_rates, self.copy_rate),
+            ("memory.hbm.channels", "memory.ddr.channels", "node.p2p_channels", "node.copy_lines"),
+            strict=True,
+        ):
+            if rate > 1:
+                raise ValueError(
+                    f"{key} is too small: {float(rate):.3g} lines of {self.line_bytes} B a tick by a channel of "
+                    f"{name}, which moves one at most"
+                )
+            if max(rate.numerator, rate.denominator) >= 1 << RATE_BITS:
+                raise ValueError(
+                    f"a channel of {name} moves {rate} lines a tick: more digits than are modelled"
+                )
+        for name, tier in (("hbm", self.memory.hbm), ("ddr", self.memory.ddr)):
+            if tier.bytes % self.line_bytes:
+                raise ValueError(
+                    f"memory.{name}.bytes {tier.bytes} must be a multiple of {self.line_bytes}, a vector of words"
+                )
         return self
 
     @cached_property
@@ -472,8 +543,8 @@ class RduSpec(Spec):
         return Clock.from_mhz(self.clock_mhz)
 
     @property
-    def vector_bytes(self) -> int:
-        """Bytes of a vector."""
+    def line_bytes(self) -> int:
+        """Bytes of a line of memory, as many as a vector's."""
         return self.pcu.lanes * WORD_BITS // 8
 
     @property
@@ -492,15 +563,21 @@ class RduSpec(Spec):
         return Fraction(2 * self.pcu_count * self.pcu.lanes * self.pcu.stages) / self.tick.period_s
 
     @cached_property
-    def vector_rates(self) -> tuple[Fraction, Fraction, Fraction]:
-        """Vectors a tick of one socket, by TIERS."""
-        scale = 10**9 * self.tick.period_s / self.vector_bytes
-        hbm, ddr = self.memory.hbm, self.memory.ddr
+    def line_rates(self) -> tuple[Fraction, Fraction, Fraction]:
+        """Lines a tick of one channel of a socket, by TIERS."""
+        scale = 10**9 * self.tick.period_s / self.line_bytes
+        hbm, ddr, node = self.memory.hbm, self.memory.ddr, self.node
         return (
-            hbm.gb_per_s * hbm.efficiency * scale,
-            ddr.gb_per_s * ddr.efficiency * scale,
-            self.node.p2p_gb_per_s * scale,
+            hbm.gb_per_s * hbm.efficiency * scale / hbm.channels,
+            ddr.gb_per_s * ddr.efficiency * scale / ddr.channels,
+            node.p2p_gb_per_s * scale / node.p2p_channels,
         )
+
+    @cached_property
+    def copy_rate(self) -> Fraction:
+        """Beats a tick of one socket's DMA, each of `copy_lines` lines."""
+        beat = self.node.copy_lines * self.line_bytes
+        return self.node.ddr_to_hbm_gb_per_s * 10**9 * self.tick.period_s / beat
 
     @cached_property
     def latencies(self) -> tuple[int, int, int]:
@@ -532,6 +609,9 @@ class RduSpec(Spec):
             scalar_inputs=c.scalar_inputs,
             op_latency=c.op_latency_cycles,
             systolic=int(c.systolic),
+            exp_terms=c.exp_terms,
+            reciprocal_iterations=c.reciprocal_iterations,
+            rsqrt_iterations=c.rsqrt_iterations,
             banks=m.banks,
             bank_words=m.bytes // (4 * m.banks),
             pmu_counters=m.counters,
@@ -545,10 +625,19 @@ class RduSpec(Spec):
             agcus_per_side=a.per_side,
             agcu_counters=a.counters,
             in_flight=a.in_flight,
-            rate_p=_array([r.numerator for r in self.vector_rates]),
-            rate_q=_array([r.denominator for r in self.vector_rates]),
+            channels=_array([self.memory.hbm.channels, self.memory.ddr.channels, self.node.p2p_channels]),
+            rate_p=_array([r.numerator for r in self.line_rates]),
+            rate_q=_array([r.denominator for r in self.line_rates]),
             latency=_array(self.latencies),
-            tier_bytes=_array([self.memory.hbm.bytes, self.memory.ddr.bytes, self.memory.hbm.bytes]),
+            tier_lines=_array(
+                [
+                    tier.bytes // self.line_bytes
+                    for tier in (self.memory.hbm, self.memory.ddr, self.memory.hbm)
+                ]
+            ),
+            copy_p=self.copy_rate.numerator,
+            copy_q=self.copy_rate.denominator,
+            copy_lines=self.node.copy_lines,
             sockets=self.node.sockets,
             program_load=ticks(s.program_load_us),
             argument_load=ticks(s.argument_load_us),
@@ -577,19 +666,42 @@ def is_pcu(x: int, y: int) -> bool:
     return (x + y) % 2 == 0
 
 
-def simd_latency(p: RduParams, fold: bool = False, tree: bool = False) -> int:
+def tail_latency(p: RduParams, function: int) -> int:
+    """Ticks that a special function (an index of FUNCTIONS) adds to the tail.
+
+    The operations of workloads/asic.py, one after the other, `op_latency` ticks each: the exponential has 6 (k, and
+    r) and two for each term, the reciprocal two for each iteration, the reciprocal square root four for each and one
+    more; the sigmoid is an exponential, an addition and a reciprocal.
+    """
+    exponential = 6 + 2 * p.exp_terms
+    reciprocal = 2 * p.reciprocal_iterations
+    operations = (
+        0,
+        exponential,
+        reciprocal,
+        1 + 4 * p.rsqrt_iterations,
+        exponential + 1 + reciprocal,
+    )
+    return p.op_latency * operations[function]
+
+
+def simd_latency(
+    p: RduParams, fold: bool = False, tree: bool = False, function: int = 0, gated: bool = False
+) -> int:
     """Ticks D from an iteration of the SIMD pipeline to its result at the output.
 
     N elements on L lanes take D + ceil(N / L) - 1 ticks.
     """
-    return HEADER + TAIL + p.op_latency * (p.stages + fold + tree * (p.lanes.bit_length() - 1))
+    operations = p.stages + fold + tree * (p.lanes.bit_length() - 1) + gated
+    return HEADER + TAIL + p.op_latency * operations + tail_latency(p, function)
 
 
 def systolic_fill(p: RduParams) -> int:
     """Ticks from an iteration of the systolic array to the accumulators: header, multiplier, adder.
 
     A tile of K iterations ends K + fill + C ticks after its first iteration began, and tiles follow one another
-    every max(K, C) ticks, C being the columns of the array. The result of a column passes the tail on its way.
+    every max(K, C) ticks, C being the columns of the array. The result of a column passes the tail on its way, and
+    its special function, if there is one.
     """
     return HEADER + p.op_latency + 1
 
@@ -606,7 +718,7 @@ WRITE_LATENCY = 2
 def energy(spec: RduSpec) -> tuple[EnergyRow, ...]:
     """Energy of each event and of background, in picojoules, of one socket."""
     e = spec.energy
-    vector = Fraction(8 * spec.vector_bytes)
+    vector = Fraction(8 * spec.line_bytes)
     rows = (
         ("multiply-accumulates", "macs", e.mac_pj, "energy.mac_pj"),
         ("lane operations", "lane_ops", e.lane_op_pj, "energy.lane_op_pj"),
@@ -614,9 +726,15 @@ def energy(spec: RduSpec) -> tuple[EnergyRow, ...]:
         ("SRAM writes", "words_written", e.sram_pj_per_bit * WORD_BITS, "energy.sram_pj_per_bit"),
         ("vector network", "vector_hops", e.hop_pj_per_bit * vector, "energy.hop_pj_per_bit"),
         ("scalar network", "scalar_hops", e.hop_pj_per_bit * WORD_BITS, "energy.hop_pj_per_bit"),
-        ("HBM", "hbm_vectors", e.hbm_pj_per_bit * vector, "energy.hbm_pj_per_bit"),
-        ("DDR", "ddr_vectors", e.ddr_pj_per_bit * vector, "energy.ddr_pj_per_bit"),
-        ("other sockets", "remote_vectors", e.p2p_pj_per_bit * vector, "energy.p2p_pj_per_bit"),
+        ("HBM", "hbm_lines", e.hbm_pj_per_bit * vector, "energy.hbm_pj_per_bit"),
+        ("DDR", "ddr_lines", e.ddr_pj_per_bit * vector, "energy.ddr_pj_per_bit"),
+        ("other sockets", "remote_lines", e.p2p_pj_per_bit * vector, "energy.p2p_pj_per_bit"),
+        (
+            "copies between memories",
+            "copied_lines",
+            (e.hbm_pj_per_bit + e.ddr_pj_per_bit) * vector,
+            "energy.hbm_pj_per_bit, energy.ddr_pj_per_bit",
+        ),
         ("background", "ticks", e.idle_w * 10**12 * spec.tick.period_s, "energy.idle_w"),
     )
     return tuple(EnergyRow(name, basis, Fraction(pj), source) for name, basis, pj, source in rows)

@@ -130,9 +130,7 @@ def split_buffer(words: int, capacity: int, *, streams: int = 1, granule: int = 
     parts = max(-(-granules // each), min(streams, granules))
     shorter, longer = divmod(granules, parts)
     cuts = [i * shorter + min(i, longer) for i in range(parts + 1)]
-    return tuple(
-        Part(a * granule, min(b * granule, words) - a * granule) for a, b in pairwise(cuts)
-    )
+    return tuple(Part(a * granule, min(b * granule, words) - a * granule) for a, b in pairwise(cuts))
 
 
 # ---- sections -----------------------------------------------------------------------------------------

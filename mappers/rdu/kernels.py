@@ -31,20 +31,19 @@ def _measure(net, first, pins, at, xs, ys, box):
 
 @njit(cache=True)
 def anneal(
-    moves, temperature, reach, spread, capacity, state, logarithms,
+    moves, temperature, reach, state, logarithms,
     at, holds, movable, kinds, xs, ys, first_site, sites, rank, grid,
-    first_pin, pins, weights, layers, first_net, nets, boxes, horizontal, vertical,
+    first_pin, pins, weights, first_net, nets, boxes,
 ):  # fmt: skip
     """Try `moves` moves at one temperature; returns the change of the cost, in units of the weights.
 
     Half of the moves look for a site around the unit, half around another unit of one of its streams. A site that
-    is taken swaps its unit. With `spread`, `spread` times the demand beyond the capacity is part of the cost.
+    is taken swaps its unit.
 
     at, holds: int64, site of each unit and unit of each site (-1: none). movable: units. kinds, xs, ys: of each
     site. first_site, sites, rank: sites by kind, and the place of each in that list. grid[y, x]: site at a switch.
     first_pin, pins: units of each stream; first_net, nets: streams of each unit. boxes: int64[streams, 4]:
-    x0, x1, y0, y1. horizontal, vertical: int64[networks, rows, columns], demand on the link to the east, to the
-    south; layers: network of each stream.
+    x0, x1, y0, y1.
     """
     total = 0
     rows, columns = grid.shape
@@ -100,11 +99,6 @@ def anneal(
                 was = boxes[net]
                 change += weights[net] * (
                     (box[1] - box[0] + box[3] - box[2]) - (was[1] - was[0] + was[3] - was[2])
-                )
-                    boxes[net], weights[net], layers[net], capacity, -1, horizontal, vertical
-                )
-                change += spread * _demand(
-                    fresh[net], weights[net], layers[net], capacity, 1, horizontal, vertical
                 )
         if change <= 0 or (change << 16) < temperature * logarithms[_draw(state, 4096)]:
             total += change

@@ -1,9 +1,10 @@
 """Placement by simulated annealing.
 
-The cost of a placement is the sum over streams of rate times half perimeter of the box around their switches, and,
-in the cooler part of the schedule, of demand beyond what links can bear, a stream's demand being spread evenly over
-its box. Temperatures fall geometrically, after Kirkpatrick, Gelatt, Vecchi, "Optimization by simulated annealing",
-Science 220, 1983; the window from which sites are drawn narrows with them, as in Betz, Rose, "VPR", FPL 1997.
+The cost of a placement is the sum over streams of rate times half perimeter of the box around their switches, which
+is the traffic of the mesh; the router then shares that out. (Demand spread over the boxes, with a price on what
+exceeds the links, took ten times as long and gave no less congestion than more moves.) Temperatures fall
+geometrically, after Kirkpatrick, Gelatt, Vecchi, "Optimization by simulated annealing", Science 220, 1983; the window
+from which sites are drawn narrows with them, as in Betz, Rose, "VPR", FPL 1997.
 """
 
 import time
@@ -16,18 +17,15 @@ import numpy as np
 
 from tilewright.arch.errors import UserError, nearest
 from tilewright.mappers.rdu.fabric import LOCAL, Fabric
-from tilewright.mappers.rdu.kernels import LOGARITHMS, anneal, demand_all, measure_all
-from tilewright.mappers.rdu.netlist import STREAMS, Netlist
+from tilewright.mappers.rdu.kernels import LOGARITHMS, anneal, measure_all
+from tilewright.mappers.rdu.netlist import Netlist
 
 __all__ = ["Placement", "place", "wire"]
 
 SCALE = 1 << 16  # weight of the stream of the highest rate
 STEPS = 120  # temperatures
-MOVES_PER_UNIT = 2000
-SPREAD_FROM = 60  # first step that counts demand beyond capacity
-SPREAD = 4  # and what a packet of it costs, in hops
-HOTTEST, COLDEST = 2.0, 0.02  # temperatures, in hops of a stream of mean rate
-TARGET = Fraction(3, 4)  # of a link's capacity, that spreading aims at: boxes only guess at routes
+MOVES_PER_UNIT = 20_000
+HOTTEST, COLDEST = 8.0, 0.1  # temperatures, in hops of a stream of mean rate
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,10 @@ def place(
     first_net, nets = _ragged(streams_of)
     highest = max((s.rate for s in netlist.streams), default=Fraction(1))
     weights = np.array([max(1, round(s.rate * SCALE / highest)) for s in netlist.streams], np.int64)
-    layers = np.array([STREAMS.index(s.network) for s in netlist.streams], np.int64)
     boxes = np.zeros((len(weights), 4), np.int64)
-    measure_all(at, xs, ys, first_pin, pins, weights, boxes)
-    capacity = int(fabric.capacity * TARGET * SCALE / highest)
-    horizontal = np.zeros((len(STREAMS), fabric.rows, fabric.columns), np.int64)
-    vertical = np.zeros_like(horizontal)
+    cost = measure_all(at, xs, ys, first_pin, pins, weights, boxes)
 
-    tried = 0
+    best, best_at, tried = cost, at.copy(), 0
     if moves is None:
         moves = MOVES_PER_UNIT * len(movable)
     if len(movable) and len(weights):
@@ -125,16 +119,18 @@ def place(
             fraction = step / (STEPS - 1)
             temperature = max(1, round(mean * HOTTEST * (COLDEST / HOTTEST) ** fraction))
             reach = max(1, round(size * (2 / size) ** min(1.0, 1.5 * fraction)))
-            if step == SPREAD_FROM:
-                demand_all(boxes, weights, layers, capacity, horizontal, vertical)
             now = moves * (step + 1) // STEPS - tried
-            anneal(
-                now, temperature, reach, SPREAD if step >= SPREAD_FROM else 0, capacity, state, LOGARITHMS,
+            cost += anneal(
+                now, temperature, reach, state, LOGARITHMS,
                 at, holds, movable, kind_of, xs, ys, first_site, sites, rank, grid,
-                first_pin, pins, weights, layers, first_net, nets, boxes, horizontal, vertical,
+                first_pin, pins, weights, first_net, nets, boxes,
             )  # fmt: skip
             tried += now
-    placed = dict(zip(names, at.tolist(), strict=True))
+            if cost < best:
+                best, best_at = cost, at.copy()
+        # The changes added up are the cost counted anew.
+        assert cost == measure_all(at, xs, ys, first_pin, pins, weights, boxes)
+    placed = dict(zip(names, best_at.tolist(), strict=True))
     return Placement(placed, first_cost, wire(netlist, fabric, placed), tried)
 
 

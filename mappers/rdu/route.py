@@ -6,8 +6,11 @@ through them are routed anew, until none is overused. A search for a path is A* 
 multicast grows from the nearest point of its tree.
 
 Which turns are allowed decides whether packets can wait for one another in a circle (Glass, Ni, "The turn model for
-adaptive routing", ISCA 1992; Chiu, "The odd-even turn model", IEEE TPDS 11, 2000): of the TURNS below only `any` lets
-them. `xy` and `yx` leave one path each, which is dimension-order routing.
+adaptive routing", ISCA 1992; Chiu, "The odd-even turn model", IEEE TPDS 11, 2000). Of the TURNS below `any` lets them.
+`acyclic` begins with all turns too; where streams then form a circle, one of its turns that the odd-even model
+forbids (each circle has some) is taken away and its streams are routed anew, until there is none. It is the
+default: the odd-even model as a whole leads a stream from an odd column to its eastern neighbour by one link only. `xy`
+and `yx` leave one path each, which is dimension-order routing.
 """
 
 import time
@@ -15,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from math import lcm
 from typing import Literal, NamedTuple
 
@@ -27,10 +31,10 @@ from tilewright.mappers.rdu.kernels import ONE, grow_tree
 from tilewright.mappers.rdu.netlist import Netlist, Stream
 from tilewright.mappers.rdu.place import Placement
 
-__all__ = ["TURNS", "Hop", "Link", "Route", "Routing", "Turns", "route", "waiting_circle"]
+__all__ = ["TURNS", "Hop", "Link", "Route", "Routing", "Turns", "route", "turn_allowed", "waiting_circle"]
 
-Turns = Literal["any", "odd-even", "west-first", "xy", "yx"]
-TURNS: tuple[Turns, ...] = ("any", "odd-even", "west-first", "xy", "yx")
+Turns = Literal["acyclic", "any", "odd-even", "west-first", "xy", "yx"]
+TURNS: tuple[Turns, ...] = ("acyclic", "any", "odd-even", "west-first", "xy", "yx")
 
 _PORTS = LOCAL + 1  # of a switch, as states: the mesh ports, and one for injection
 _FINEST = 1 << 20  # the unit of rates is at least 1 / _FINEST packets a tick
@@ -99,7 +103,7 @@ def route(
     fabric: Fabric,
     placement: Placement,
     *,
-    turns: Turns = "odd-even",
+    turns: Turns = "acyclic",
     iterations: int = 60,
     seconds: float | None = None,
 ) -> Routing:
@@ -159,12 +163,12 @@ def waiting_circle(routing: Routing) -> list[Link] | None:
     return circle
 
 
-def _turn_allowed(turns: Turns, x: int, port: int, out: int) -> bool:
+def turn_allowed(turns: Turns, x: int, port: int, out: int) -> bool:
     """Whether a packet that came by mesh port `port` of a switch in column x may leave by mesh port `out`."""
     if out == port:
         return False
     straight = out == OPPOSITE[port]
-    if straight or turns == "any":
+    if straight or turns in ("any", "acyclic"):
         return True
     along_y, to_y = port in (NORTH, SOUTH), out in (NORTH, SOUTH)
     if turns == "xy":
@@ -193,7 +197,7 @@ class _Router:
     """The streams of one network. States are numbered switch * 5 + input port; see `kernels.grow_tree`."""
 
     def __init__(self, fabric: Fabric, turns: Turns, streams: list[Stream], placement: Placement) -> None:
-        self.fabric, self.streams = fabric, streams
+        self.fabric, self.streams, self.turns = fabric, streams, turns
         self.sites = [
             [fabric.sites[placement.sites[name]] for name in (s.source, *(k.unit for k in s.sinks))]
             for s in streams
@@ -212,7 +216,7 @@ class _Router:
                 for port in range(_PORTS):
                     # A port without a neighbour is one of injection too.
                     inner = port < LOCAL and fabric.neighbour(x, y, port) is not None
-                    if not inner or _turn_allowed(turns, x, port, out):
+                    if not inner or turn_allowed(turns, x, port, out):
                         self.follow[switch * _PORTS + port, out] = after
 
         unit = lcm(fabric.capacity.denominator, *(s.rate.denominator for s in streams))
@@ -247,42 +251,77 @@ class _Router:
         weight = [rate * self._extent(i) for i, rate in enumerate(self.rates)]
         order = sorted(range(len(self.streams)), key=lambda i: -weight[i])
         again = order
-        best: tuple[tuple[int, int, int], list[_Tree]] | None = None
+        best: tuple[tuple[int, int, int], dict[int, _Tree]] | None = None
         present, stale, iteration = ONE // 2, 0, 0
-        while iteration < iterations:
+        while again:
             iteration += 1
             for i in again:
-                self._rip_up(i)
-                self._grow(i, present)
+                self._put(i, None)
+                self._put(i, self._grow(i, present))
             # Rounded up: the least overuse counts.
             over = -(-np.maximum(self.load - self.capacity, 0) * ONE // self.capacity)
             over += -(-np.maximum(self.count - self.fabric.flows, 0) * ONE // self.fabric.flows)
-            length = sum(len(self.trees[i].states) for i in order)
+            length = sum(len(tree.states) for tree in self.trees.values())
             score = (int(over.max()), int(over.sum()), length)
             if best is None or score < best[0]:
-                best, stale = (score, [self.trees[i] for i in range(len(order))]), 0
+                best, stale = (score, dict(self.trees)), 0
             else:
                 stale += 1
-            if score[0] == 0 or stale >= _PATIENCE or (end is not None and time.monotonic() > end):
-                break
-            self.history += over
-            present = min(present * 3 // 2, ONE * ONE)
-            again = [i for i in order if over[self.trees[i].states[1:]].any()]
-        if best is not None:
-            self.trees = dict(enumerate(best[1]))
+            late = iteration >= iterations or (end is not None and time.monotonic() > end)
+            if score[0] and stale < _PATIENCE and not late:
+                self.history += over
+                present = min(present * 3 // 2, ONE * ONE)
+                again = [i for i in order if over[self.trees[i].states[1:]].any()]
+                continue
+            for i in order:
+                self._put(i, best[1][i])
+            again, best = [], None
+            if self.turns == "acyclic":
+                broken = self._break_circles()
+                again = [i for i in order if i in broken]
+                stale = 0
         return iteration
+
+    def _break_circles(self) -> set[int]:
+        """Take away turns until no links wait for one another in a circle; returns the streams that used them."""
+        users: dict[int, dict[int, set[int]]] = {}
+        for i, tree in sorted(self.trees.items()):
+            states = tree.states.tolist()
+            for k, parent in enumerate(tree.parents[1:].tolist(), 1):
+                users.setdefault(states[parent], {}).setdefault(states[k], set()).add(i)
+        broken: set[int] = set()
+        while circles := _circles(users):
+            for circle in circles:
+                turns = []
+                for before, after in pairwise([circle[-1], *circle]):
+                    if after not in users[before]:
+                        break  # broken with another circle
+                    switch, port = divmod(before, _PORTS)
+                    if not turn_allowed(
+                        "odd-even", switch % self.fabric.columns, port, OPPOSITE[after % _PORTS]
+                    ):
+                        lost = sum(self.rates[i] for i in users[before][after])
+                        turns.append((lost, before, after))
+                else:
+                    _, before, after = min(turns)
+                    self.follow[before, OPPOSITE[after % _PORTS]] = -1
+                    broken |= users[before].pop(after)
+        return broken
 
     def _extent(self, i: int) -> int:
         xs, ys = [e.x for e in self.sites[i]], [e.y for e in self.sites[i]]
         return max(xs) - min(xs) + max(ys) - min(ys)
 
-    def _rip_up(self, i: int) -> None:
-        if i in self.trees:
-            links = self.trees[i].states[1:]
-            self.load[links] -= self.rates[i]
-            self.count[links] -= 1
+    def _put(self, i: int, tree: _Tree | None) -> None:
+        """Replace the tree of a stream."""
+        for sign, t in ((-1, self.trees.pop(i, None)), (1, tree)):
+            if t is not None:
+                self.load[t.states[1:]] += sign * self.rates[i]
+                self.count[t.states[1:]] += sign
+        if tree is not None:
+            self.trees[i] = tree
 
-    def _grow(self, i: int, present: int) -> None:
+    def _grow(self, i: int, present: int) -> _Tree:
         fabric, targets = self.fabric, self.targets[i]
         ends = np.zeros(len(targets), np.int64)
         states = grow_tree(
@@ -292,10 +331,7 @@ class _Router:
         )  # fmt: skip
         if states < 0:
             raise RuntimeError(f"stream {self.streams[i].name} can't reach a sink")
-        tree = _Tree(self._tree[:states].copy(), self._tree_parent[:states].copy(), ends)
-        self.trees[i] = tree
-        self.load[tree.states[1:]] += self.rates[i]
-        self.count[tree.states[1:]] += 1
+        return _Tree(self._tree[:states].copy(), self._tree_parent[:states].copy(), ends)
 
     def routes(self) -> list[Route]:
         """The trees as hops, with flow ids: on each link every stream has its own, the lowest that is free.
@@ -354,6 +390,31 @@ class _Router:
             for k in range(len(children))
         )
         return Route(stream, hops, tuple(latencies))
+
+
+def _circles(graph: Mapping[int, Iterable[int]]) -> list[list[int]]:
+    """Some circles of a graph, at least one if it has any: those that a search in depth closes."""
+    circles: list[list[int]] = []
+    done: set[int] = set()
+    for start in graph:
+        path, ahead = [start], [iter(graph[start])]
+        where = {start: 0}
+        if start in done:
+            continue
+        while path:
+            for node in ahead[-1]:
+                if node in where:
+                    circles.append(path[where[node] :])
+                elif node not in done:
+                    where[node] = len(path)
+                    path.append(node)
+                    ahead.append(iter(graph.get(node, ())))
+                    break
+            else:
+                done.add(path[-1])
+                del where[path.pop()]
+                ahead.pop()
+    return circles
 
 
 def _loads(routes: Iterable[Route]) -> dict[Link, Fraction]:
