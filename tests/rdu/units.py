@@ -11,6 +11,7 @@ from tilewright.arch import spec as specs
 def small(**sets):
     """Params of Plasticine with keys changed: pcu__lanes=4 is pcu.lanes=4."""
     tree = specs.load_tree("plasticine", ["rdu"])
+    sets = {"memory__ddr__channels": 16, **sets}  # short lines must keep up with the memory's rate
     tree = specs.apply_sets(tree, [f"{key.replace('__', '.')}={value}" for key, value in sets.items()])
     return specs.build(rdu.RduSpec, tree, "small").params()
 
