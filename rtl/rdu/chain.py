@@ -27,8 +27,8 @@ def event(events, level):
 class CounterChain(wiring.Component):
     """A chain of counters, level 0 the innermost, with control tokens at both ends of a level.
 
-    ``start`` at tick t makes the first iteration ready at t + 1 at the earliest, and forgets tokens held. Where the
-    iteration at hand is the first of ``wait_level``, it is ready only with a token held from each input in ``wait``;
+    ``start`` at tick t makes the first iteration ready at t + 1 at the earliest, and leaves ``hold<i>`` tokens at
+    input i, whatever it held before. Where the iteration at hand is the first of ``wait_level``, it is ready only with a token held from each input in ``wait``;
     ``step`` takes them. Where it is the last of ``signal_level``, ``step`` raises ``signal`` in the same tick. Steps
     are at least ``interval`` ticks apart. A token that comes in at tick t counts from t + 1; more than 15 held at one
     input fail an assertion, and so does a step without ``ready``.
@@ -104,7 +104,7 @@ class CounterChain(wiring.Component):
         ]
         for i, h in enumerate(held):
             with m.If(self.start):
-                m.d.sync += h.eq(self.tokens[i])
+                m.d.sync += h.eq(getattr(c, f"hold{i}") + self.tokens[i])
             with m.Else():
                 m.d.sync += [
                     h.eq(h + self.tokens[i] - (self.step & waits[i])),

@@ -64,7 +64,8 @@ class Result:
     """A run of one device.
 
     `assumed` are keys of the spec, `choices` what this run assumed beside them. `lower_bound`: times are bounds
-    from below (a roofline of unknown efficiency).
+    from below (a roofline of unknown efficiency). `beside` are the runs that the mapper holds against this one, each
+    with its `way`.
     """
 
     spec: Spec
@@ -82,6 +83,13 @@ class Result:
     notes: Sequence[str] = field(default=())
     choices: Sequence[str] = ()
     lower_bound: bool = False
+    way: str = ""
+    beside: Sequence["Result"] = ()
+
+    @property
+    def name(self) -> str:
+        """The device's, with the way in which it was used if that is not its usual one."""
+        return f"{self.spec.name} {self.way}".rstrip()
 
     @property
     def time_s(self) -> Fraction:
@@ -104,9 +112,12 @@ class Result:
 def group(unit: str) -> str:
     """The kind of a unit that stands in a row of equals.
 
-    >>> group("channel 3"), group("asic")
-    ('channels', 'asic')
+    >>> group("channel 3"), group("pcu@3,1"), group("asic")
+    ('channels', 'pcus', 'asic')
     """
+    kind, at, _ = unit.partition("@")
+    if at:
+        return f"{kind}s"
     match = re.fullmatch(r"(.*\D)[ _]?\d+", unit)
     return f"{match[1].rstrip(' _')}s" if match else unit
 
