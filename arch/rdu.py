@@ -669,12 +669,12 @@ def is_pcu(x: int, y: int) -> bool:
 def tail_latency(p: RduParams, function: int) -> int:
     """Ticks that a special function (an index of FUNCTIONS) adds to the tail.
 
-    The operations of workloads/asic.py, one after the other, `op_latency` ticks each: the exponential has 6 (k, and
-    r) and two for each term, the reciprocal two for each iteration, the reciprocal square root four for each and one
-    more; the sigmoid is an exponential, an addition and a reciprocal.
+    The additions and multiplications of workloads/asic.py, one after the other, `op_latency` ticks each: the
+    exponential has five up to its series' argument and two for each term, the reciprocal three for each iteration,
+    the reciprocal square root four for each and one more; the sigmoid is an exponential, an addition and a reciprocal.
     """
-    exponential = 6 + 2 * p.exp_terms
-    reciprocal = 2 * p.reciprocal_iterations
+    exponential = 5 + 2 * p.exp_terms
+    reciprocal = 3 * p.reciprocal_iterations
     operations = (
         0,
         exponential,
@@ -700,8 +700,8 @@ def systolic_fill(p: RduParams) -> int:
     """Ticks from an iteration of the systolic array to the accumulators: header, multiplier, adder.
 
     A tile of K iterations ends K + fill + C ticks after its first iteration began, and tiles follow one another
-    every max(K, C) ticks, C being the columns of the array. The result of a column passes the tail on its way, and
-    its special function, if there is one.
+    every max(K, C) ticks, C being the columns of the array. A special function in the tail adds
+    its `tail_latency` to the end.
     """
     return HEADER + p.op_latency + 1
 
@@ -710,6 +710,8 @@ READ_LATENCY = 3
 """Ticks from an iteration of a PMU's read side to its packet, without conflicts: address, bank, alignment."""
 WRITE_LATENCY = 2
 """Ticks from an iteration of a PMU's write side until a read of the same word may be issued to its bank."""
+LOAD_LATENCY = 2
+"""Ticks that a load takes besides its memory's latency, from the grant to its packet: line buffer, alignment."""
 
 
 # ---- energy -------------------------------------------------------------------------------------------

@@ -14,14 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 from tilewright.arch import rdu
 from tilewright.arch.formats import BF16, FP32
 from tilewright.arch.isa import Record
-from tilewright.workloads import formats
+from tilewright.workloads import asic, formats
 
 Words = NDArray[np.uint32]
 Config = Mapping[str, int] | np.void
+Arguments = Mapping[int, int] | Sequence[int]
 
 _HALF = np.uint32(rdu.WORD_BITS - BF16.width)
 _SIGN = np.uint32(FP32.sign)
 _ADDRESSES = 1 << rdu.ADDRESS_BITS
+_BYTES = 1 << rdu.ARGS.by_name["value"].bits
+_DIRECTIONS = rdu.CONFIG_AGCU.by_name["direction"].names
 
 
 def configuration(record: Record, **fields: int | str) -> dict[str, int]:
@@ -103,6 +106,28 @@ def reduce_tree(fold: str, kind: str, lanes: Words) -> Words:
     return lanes[..., 0]
 
 
+def special(function: str, words: ArrayLike, counts: asic.Counts) -> Words:
+    """A special function of FUNCTIONS on float32 words: the methods of `asic`, sigmoid(x) = 1 / (1 + e**-x).
+
+    "none" gives the words as they are; every NaN of the others is the canonical one.
+    """
+    bits = np.asarray(words, np.uint32)
+    x = bits.view(np.float32)
+    with np.errstate(all="ignore"):
+        match function:
+            case "none":
+                return bits
+            case "exp":
+                y = asic.exp(x, counts)
+            case "reciprocal":
+                y = asic.reciprocal(x, counts)
+            case "rsqrt":
+                y = asic.rsqrt(x, counts)
+            case _:
+                y = asic.reciprocal(np.float32(1) + asic.exp(-x, counts), counts)
+    return np.where(np.isnan(y), np.uint32(FP32.nan), y.view(np.uint32))
+
+
 class Iteration(NamedTuple):
     """One iteration of a counter chain: loop indices, and at which levels it is the first and the last."""
 
@@ -152,11 +177,13 @@ def pcu(
     *,
     lanes: int,
     registers: int = rdu.REGISTERS,
+    counts: asic.Counts | None = None,
 ) -> Packets:
     """What leaves a PCU in one run.
 
     `vectors[i]`, uint32[n, lanes], and `scalars[i]`, uint32[n], are the packets at input i. In systolic mode the
-    array has a row for each lane and a column for each of `stages`.
+    array has a row for each lane and a column for each of `stages`. Special functions need `counts`, how far their
+    series and iterations go: RduParams have them. Raises ValueError for a gate beside a fold, a tree or the array.
     """
     loaded = [np.asarray(v, np.uint32).reshape(-1, lanes) for v in vectors]
     single = [np.asarray(s, np.uint32).reshape(-1) for s in scalars]
@@ -164,8 +191,15 @@ def pcu(
     mode = rdu.MODES[int(config["mode"])]
     fold, tree = (rdu.FOLDS[int(config[name])] for name in ("fold", "tree"))
     fold_type = rdu.TYPES[int(config["fold_type"])]
+    function = rdu.FUNCTIONS[int(config["function"])]
+    gated = bool(config["gated"])
+    if gated and (fold != "none" or tree != "none" or mode != "simd"):
+        raise ValueError("a gate goes with SIMD mode without fold and tree")
+    if function != "none" and counts is None:
+        raise ValueError(f"function {function} needs counts of terms and iterations")
     rows: list[Words] = []
     flags: list[bool] = []
+    gates: list[Words] = []
     total = np.zeros(lanes, np.uint32)
     sums = np.zeros((lanes, len(stages)), np.uint32)
 
@@ -206,6 +240,11 @@ def pcu(
             value = np.full(lanes, reduce_tree(tree, fold_type, value), np.uint32)
         rows.append(value)
         flags.append(leaves)
+        gates.append(own[int(config["gate"])])
+    if counts is not None:
+        rows = [special(function, row, counts) for row in rows]
+    if gated:
+        rows = [lane_op("multiply", "fp32", row, gate) for row, gate in zip(rows, gates, strict=True)]
     if int(config["round"]):
         rows = [round_bf16(row) for row in rows]
     return _packets(config, rows, flags, lanes)
@@ -278,3 +317,79 @@ def pmu_read(config: Config, memory: Words, lanes: int) -> Packets:
             rows.append(np.where(valid, words, 0).astype(np.uint32))
             last.append(it.last[int(config["last_level"])])
     return _packets(config, rows, last, lanes)
+
+
+# ---- gates to off-chip memory -------------------------------------------------------------------------
+
+
+
+def agcu_addresses(config: Config, args: Arguments, lanes: int) -> NDArray[np.int64]:
+    """Byte address int64[iterations] of each iteration's first element.
+
+    Raises ValueError for `words` outside 1..lanes, and where elements are not in one line of `lanes` words or not on
+    multiples of their size.
+    """
+    words, size = int(config["words"]), rdu.ELEMENT_BYTES[int(config["format"])]
+    if not 1 <= words <= lanes:
+        raise ValueError(f"words must be in 1..{lanes}, not {words}")
+    base = int(args[int(config["argument"])])
+    strides = [int(config[f"stride{n}"]) for n in range(rdu.LEVELS)]
+    out = np.array(
+        [
+            (base + sum(c * stride for c, stride in zip(it.counters, strides, strict=True))) % _BYTES
+            for it in iterations(config)
+        ],
+        np.int64,
+    )
+    line = lanes * rdu.WORD_BITS // 8
+    bad = (out % line + words * size > line) | (out % size != 0)
+    if bad.any():
+        first = int(out[bad.argmax()])
+        raise ValueError(
+            f"{words} elements of {size} bytes at address {first} are not in one line of {line} bytes, or not on "
+            f"multiples of their size"
+        )
+    return out
+
+
+def agcu_requests(config: Config, args: Arguments, lanes: int) -> NDArray[np.int64]:
+    """The lines int64[requests] that an AGCU asks its channel for, in order.
+
+    Consecutive iterations in one line share its request, but for a load's that takes tokens, and after a store's that
+    gives some.
+    """
+    lines = agcu_addresses(config, args, lanes) // (lanes * rdu.WORD_BITS // 8)
+    load = _DIRECTIONS[int(config["direction"])] == "load"
+    out: list[int] = []
+    alone = True
+    for line, it in zip(lines.tolist(), iterations(config), strict=True):
+        if load:
+            alone = alone or (bool(config["wait"]) and it.first[int(config["wait_level"])])
+        if alone or out[-1] != line:
+            out.append(line)
+        alone = not load and bool(config["signal"]) and it.last[int(config["signal_level"])]
+    return np.array(out, np.int64)
+
+
+def agcu_load(config: Config, args: Arguments, memory: NDArray[np.uint8], lanes: int) -> Packets:
+    """The packets that an AGCU loads from the bytes of a memory at rest."""
+    words = int(config["words"])
+    size = rdu.ELEMENT_BYTES[int(config["format"])]
+    rows, last = [], []
+    for address, it in zip(agcu_addresses(config, args, lanes), iterations(config), strict=True):
+        elements = memory[address : address + words * size].view("<u4" if size == 4 else "<u2")
+        row = np.zeros(lanes, np.uint32)
+        row[:words] = elements.astype(np.uint32) << np.uint32(rdu.WORD_BITS - 8 * size)
+        rows.append(row)
+        last.append(it.last[int(config["last_level"])])
+    return _packets(config, rows, last, lanes)
+
+
+def agcu_store(config: Config, args: Arguments, memory: NDArray[np.uint8], packets: Packets) -> None:
+    """Store packets, one for each iteration, into the bytes of a memory."""
+    words = int(config["words"])
+    size = rdu.ELEMENT_BYTES[int(config["format"])]
+    where = agcu_addresses(config, args, packets.data.shape[1])
+    for address, row in zip(where, packets.data, strict=True):
+        elements = row[:words] >> np.uint32(rdu.WORD_BITS - 8 * size)
+        memory[address : address + words * size] = elements.astype("<u4" if size == 4 else "<u2").view(np.uint8)

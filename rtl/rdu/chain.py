@@ -28,10 +28,11 @@ class CounterChain(wiring.Component):
     """A chain of counters, level 0 the innermost, with control tokens at both ends of a level.
 
     ``start`` at tick t makes the first iteration ready at t + 1 at the earliest, and leaves ``hold<i>`` tokens at
-    input i, whatever it held before. Where the iteration at hand is the first of ``wait_level``, it is ready only with a token held from each input in ``wait``;
-    ``step`` takes them. Where it is the last of ``signal_level``, ``step`` raises ``signal`` in the same tick. Steps
-    are at least ``interval`` ticks apart. A token that comes in at tick t counts from t + 1; more than 15 held at one
-    input fail an assertion, and so does a step without ``ready``.
+    input i, whatever it held before. Where the iteration at hand is the first of ``wait_level``, it is ready only with
+    a token held from each input in ``wait``; ``step`` takes them. Where it is the last of ``signal_level``, ``step``
+    raises ``signal`` in the same tick. Steps are at least ``interval`` ticks apart. A token that comes in at tick t
+    counts from t + 1, with those of the tick of ``start``; more than 15 held at one input fail an assertion, and so
+    does a step without ``ready``.
 
     Parameters
     ----------
@@ -104,7 +105,11 @@ class CounterChain(wiring.Component):
         ]
         for i, h in enumerate(held):
             with m.If(self.start):
-                m.d.sync += h.eq(getattr(c, f"hold{i}") + self.tokens[i])
+                hold = getattr(c, f"hold{i}")
+                m.d.sync += [
+                    h.eq(hold + self.tokens[i]),
+                    Assert(~(self.tokens[i] & (hold == TOKENS_HELD)), "too many tokens held at the start"),
+                ]
             with m.Else():
                 m.d.sync += [
                     h.eq(h + self.tokens[i] - (self.step & waits[i])),

@@ -1,6 +1,6 @@
 """A mesh of switches, and the links between them and to the units."""
 
-from amaranth.hdl import Assert, Module
+from amaranth.hdl import Assert, Cat, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
@@ -8,6 +8,7 @@ from amaranth.utils import bits_for
 from tilewright.arch.rdu import FLOW_BITS, INPUTS, MESH, NETWORKS, OPPOSITE, X_BITS, Y_BITS, RduParams, is_pcu
 from tilewright.rtl.lib.credit import CreditLink
 from tilewright.rtl.rdu.packet import packet_layout
+from tilewright.rtl.rdu.shared import SharedModule
 from tilewright.rtl.rdu.switch import Switch
 
 __all__ = ["Network", "local_ports"]
@@ -45,6 +46,9 @@ class Network(wiring.Component):
     out_x_y_i      Out stream of packets to its input i
     west_in_y      In  stream of packets from the AGCU in row y of the west side; likewise east_in_y
     west_out_y     Out stream of packets to it; likewise east_out_y
+    start          In  1                 the next tick is tick 0 of a kernel: arbiters begin again
+    quiet          Out 1                 no packet is on a link, and every credit is back
+    hops           Out                   packets that begin their way over a link in this tick
     table_x        In                    column of the switch to write a table of
     table_y        In                    its row
     table_enable   In  1                 write, likewise table_port, table_flow, table_out, table_next: see `Switch`
@@ -69,6 +73,9 @@ class Network(wiring.Component):
         super().__init__(
             {
                 **members,
+                "start": In(1),
+                "quiet": Out(1),
+                "hops": Out(range(self._links() + 1)),
                 "table_x": In(X_BITS),
                 "table_y": In(Y_BITS),
                 "table_enable": In(1),
@@ -82,16 +89,23 @@ class Network(wiring.Component):
     def _positions(self):
         return [(x, y) for y in range(self._params.rows) for x in range(self._params.columns)]
 
+    def _links(self):
+        p = self._params
+        units = sum(sum(local_ports(p, self._network, x, y)) for x, y in self._positions())
+        mesh = 2 * (p.columns * (p.rows - 1) + p.rows * (p.columns - 1))
+        return units + mesh + 4 * p.agcus_per_side
+
     def elaborate(self, platform):
         m = Module()
         p = self._params
-        switches = {}
+        switches, links = {}, []
         for x, y in self._positions():
             ins, outs = local_ports(p, self._network, x, y)
-            m.submodules[f"switch_{x}_{y}"] = switch = Switch(
-                lanes=self._lanes, local_in=ins, local_out=outs, flows=p.flows, y_first=p.y_first
+            m.submodules[f"switch_{x}_{y}"] = switch = SharedModule(
+                Switch, lanes=self._lanes, local_in=ins, local_out=outs, flows=p.flows, y_first=p.y_first
             )
             m.d.comb += [
+                switch.start.eq(self.start),
                 switch.x.eq(x),
                 switch.y.eq(y),
                 switch.table_enable.eq(self.table_enable & (self.table_x == x) & (self.table_y == y)),
@@ -104,9 +118,14 @@ class Network(wiring.Component):
 
         def link(name, source, sink, forward=p.hop):
             """Streams from one to the other; either may be a port of ours."""
-            m.submodules[name] = part = CreditLink(
-                shape=packet_layout(self._lanes), credits=p.fifo_depth, forward=forward, backward=p.credit
+            m.submodules[name] = part = SharedModule(
+                CreditLink,
+                shape=packet_layout(self._lanes),
+                credits=p.fifo_depth,
+                forward=forward,
+                backward=p.credit,
             )
+            links.append(part)
             wiring.connect(m, source, part.i)
             wiring.connect(m, part.o, sink)
 
@@ -135,4 +154,9 @@ class Network(wiring.Component):
                     link(f"link_{side}_in_{y}", port, getattr(switch, f"in_{direction}"))
                 else:
                     m.d.sync += Assert(~out.valid, f"a packet leaves the mesh: {name}")
+        assert len(links) == self._links()
+        m.d.comb += [
+            self.quiet.eq(Cat(part.credits == p.fifo_depth for part in links).all()),
+            self.hops.eq(sum(part.i.valid & part.i.ready for part in links)),
+        ]
         return m

@@ -10,6 +10,7 @@ from tilewright.arch.rdu import (
     CONFIG_PCU,
     CONFIG_STAGE,
     FOLDS,
+    FUNCTIONS,
     HEADER,
     INPUTS,
     LEVELS,
@@ -22,12 +23,15 @@ from tilewright.arch.rdu import (
     RduParams,
     simd_latency,
     systolic_fill,
+    tail_latency,
 )
 from tilewright.rtl.layouts import layout_of
 from tilewright.rtl.lib.fp import FpAdd, FpConvert, FpMultiply
 from tilewright.rtl.rdu.chain import CounterChain, chain_of, event
+from tilewright.rtl.rdu.function import Function
 from tilewright.rtl.rdu.lane import JOINS, OP, LaneOp
 from tilewright.rtl.rdu.packet import packet_layout
+from tilewright.rtl.rdu.shared import SharedModule
 
 __all__ = ["Pcu"]
 
@@ -64,10 +68,13 @@ class Pcu(wiring.Component):
       ignored; products and sums float32. At the last iteration of ``fold_level`` the sums are copied, and leave
       column by column while the next tile accumulates.
 
-    The tail rounds to bfloat16 where asked to and holds the packet until it has left by every output in use. What
-    can't leave stops the whole SIMD pipeline, and the drain of the array; the array itself stops when a tile ends
-    while the one before is still leaving. Latencies are `arch.rdu.simd_latency` and `systolic_fill`. Tokens go out
-    with the iteration that raises them. An accumulation of latency n takes an iteration every n ticks.
+    The tail gives what the body gives, or a special function of it, `arch.rdu.tail_latency` ticks later; multiplies
+    that, if it is `gated`, by what the register `gate` held behind the last stage, `op_latency` ticks later (SIMD
+    without fold and tree only); rounds to bfloat16 where asked to; and holds the packet until it has left by every
+    output in use. What can't leave stops the tail and the whole SIMD pipeline, or the drain of the array; the array
+    itself stops when a tile ends while the one before is still leaving. Latencies are `arch.rdu.simd_latency` and
+    `systolic_fill`. Tokens go out with the iteration that raises them. An accumulation of latency n takes an
+    iteration every n ticks.
 
     Parameters
     ----------
@@ -147,8 +154,9 @@ class Pcu(wiring.Component):
         for port, used, level in inputs:
             m.d.comb += port.ready.eq(step & used & event(chain.last, level))
 
-        # ---- output: what the body gives, and when it may move
-        gives = _Move("gives", width)
+        # ---- output: what body and tail give, and when they may move
+        gives, gate = _Move("gives", width), Signal(width)
+        leaves = _Move("leaves", width)
         held = _Move("held", width)
         sent_vector, sent_scalar = Signal(), Signal()
         left_vector, left_scalar = Signal(), Signal()
@@ -170,11 +178,11 @@ class Pcu(wiring.Component):
                 sent_scalar.eq(sent_scalar | (self.scalar.valid & self.scalar.ready)),
             ]
         with m.Else():
-            m.d.sync += [held.valid.eq(gives.valid), held.last.eq(gives.last)]
+            m.d.sync += [held.valid.eq(leaves.valid), held.last.eq(leaves.last)]
             m.d.sync += [sent_vector.eq(0), sent_scalar.eq(0)]
         for lane in range(p.lanes):
             m.submodules[f"round_{lane}"] = rounding = FpConvert(source=FP32, result=BF16)
-            word = gives.data.word_select(lane, WORD_BITS)
+            word = leaves.data.word_select(lane, WORD_BITS)
             m.d.comb += rounding.a.eq(word)
             with m.If(~full):
                 m.d.sync += held.data.word_select(lane, WORD_BITS).eq(
@@ -190,7 +198,7 @@ class Pcu(wiring.Component):
 
         # ---- body
         under_way = [held.valid]
-        result, stirs = self._simd(m, chain, step & simd, ~full)
+        result, stirs = self._simd(m, chain, step & simd, ~full, gate)
         under_way += stirs
         with m.If(simd):
             for to, value in zip(gives.signals(), result.signals(), strict=True):
@@ -203,6 +211,14 @@ class Pcu(wiring.Component):
                     m.d.comb += to.eq(value)
         else:
             m.d.sync += Assert(~(self.start & systolic), "there is no systolic array")
+        tail, stirs = self._tail(m, gives, gate, ~full)
+        under_way += stirs
+        for to, value in zip(leaves.signals(), tail.signals(), strict=True):
+            m.d.comb += to.eq(value)
+        alone = ~folds & (c.tree == FOLD["none"])
+        m.d.sync += Assert(
+            ~(self.start & c.gated & ~(simd & alone)), "a gate goes with SIMD mode without fold and tree"
+        )
 
         busy = Signal()
         m.d.comb += [busy.eq(Cat(under_way).any()), self.done.eq(~chain.running & ~busy)]
@@ -236,8 +252,55 @@ class Pcu(wiring.Component):
             before = after
         return before, flags
 
-    def _simd(self, m, chain, step, move):
-        """The pipeline's results, and the valid bits within."""
+    def _tail(self, m, gives, gate, move):
+        """What `gives` is behind function and gate, and the valid bits within."""
+        p, c, word = self._params, self.config, WORD_BITS
+        latencies = [tail_latency(p, f) for f in range(len(FUNCTIONS))]
+
+        # What goes with the words, and the gate, wait as long as the function takes: they join a delay line there.
+        def joined(name, behind, condition):
+            out = _Move(name, len(gate))
+            m.d.comb += [to.eq(value) for to, value in zip(out.signals(), behind, strict=True)]
+            with m.If(condition):
+                m.d.comb += [out.data.eq(gate), out.valid.eq(gives.valid), out.last.eq(gives.last)]
+            return out
+
+        stirs = []
+        beside, behind = None, [0] * 5
+        for left in reversed(range(max(latencies) + 1)):
+            at = [f for f, ticks in enumerate(latencies) if ticks == left]
+            beside = joined(f"beside_{left}", behind, Cat(c.function == f for f in at).any())
+            if left:
+                later, flags = self._later(m, move, beside, f"beside_{left}", 1)
+                stirs += flags
+                behind = later.signals()
+        done = _Move("function", len(gate))
+        m.d.comb += [done.valid.eq(beside.valid), done.last.eq(beside.last)]
+        product = _Move("product", len(gate))
+        m.d.comb += [product.valid.eq(done.valid & c.gated), product.last.eq(done.last)]
+        for lane in range(p.lanes):
+            m.submodules[f"function_{lane}"] = function = SharedModule(Function, params=p)
+            m.submodules[f"gate_{lane}"] = multiply = FpMultiply(source=FP32, result=FP32)
+            m.d.comb += [
+                function.function.eq(c.function),
+                function.move.eq(move),
+                function.i.eq(gives.data.word_select(lane, word)),
+                done.data.word_select(lane, word).eq(function.o),
+                multiply.a.eq(function.o),
+                multiply.b.eq(beside.data.word_select(lane, word)),
+                product.data.word_select(lane, word).eq(multiply.o),
+            ]
+        gated, flags = self._later(m, move, product, "gated", p.op_latency)
+        return self._chosen(m, "tail", c.gated, gated, done), [*stirs, *flags]
+
+    def _chosen(self, m, name, condition, yes, no):
+        out = _Move(name, len(yes.data))
+        for to, a, b in zip(out.signals(), yes.signals(), no.signals(), strict=True):
+            m.d.comb += to.eq(Mux(condition, a, b))
+        return out
+
+    def _simd(self, m, chain, step, move, gate):
+        """The pipeline's results, and the valid bits within; drives `gate` with the register of that name."""
         p, c = self._params, self.config
         registers = p.registers
         word, lanes = WORD_BITS, range(p.lanes)
@@ -302,7 +365,10 @@ class Pcu(wiring.Component):
             m.d.comb += to.eq(value)
         for lane in lanes:
             own = Array(now.data.word_select(lane * registers + r, word) for r in range(registers))
-            m.d.comb += results.data.word_select(lane, word).eq(own[c.result])
+            m.d.comb += [
+                results.data.word_select(lane, word).eq(own[c.result]),
+                gate.word_select(lane, word).eq(own[c.gate]),
+            ]
 
         def joined(name, how, a, b):
             m.submodules[name] = unit = LaneOp(operations=JOINS)
@@ -330,13 +396,7 @@ class Pcu(wiring.Component):
         folded, flags = self._later(m, move, summed, "fold", p.op_latency)
         stirs += flags
 
-        def chosen(name, condition, yes, no):
-            out = _Move(name, p.lanes * word)
-            for to, a, b in zip(out.signals(), yes.signals(), no.signals(), strict=True):
-                m.d.comb += to.eq(Mux(condition, a, b))
-            return out
-
-        now = chosen("single", folds, folded, results)
+        now = self._chosen(m, "single", folds, folded, results)
         levels = p.lanes.bit_length() - 1
         trees = c.tree != FOLD["none"]
         branch = _Move("branch", p.lanes * word)
@@ -359,7 +419,7 @@ class Pcu(wiring.Component):
             m.d.comb += to.eq(value)
         m.d.comb += spread.data.eq(branch.data[:word].replicate(p.lanes))
         assert simd_latency(p) == HEADER + p.stages * p.op_latency + TAIL
-        return chosen("body", trees, spread, now), stirs
+        return self._chosen(m, "body", trees, spread, now), stirs
 
     def _systolic(self, m, chain, step, move, draining):
         """The columns that leave the array, and the valid bits within."""

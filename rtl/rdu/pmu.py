@@ -124,6 +124,7 @@ class _Side:
         m.d.comb += origin.eq(sum(offsets, getattr(config, f"{prefix}base")) + extra)
 
         inside = Signal(p.lanes, name=f"{prefix}valid")
+        self.drops = Mux(self.step, sum(~bit for bit in inside), 0)
         self.banks, self.indices = [], []
         for lane in range(p.lanes):
             m.submodules[f"{prefix}map_{lane}"] = place = BankMap(params=p)
@@ -174,6 +175,8 @@ class Pmu(wiring.Component):
     Parameters
     ----------
     params : RduParams
+    memory : type
+        What a bank is, Sram or a memory of the same members.
 
     Members
     -------
@@ -188,11 +191,14 @@ class Pmu(wiring.Component):
     write_activity Out 4                     0 is busy: an iteration is taken; n is CAUSES[n - 1]
     read_activity  Out 4                     likewise
     conflict       Out 1                     an access waits for a bank
+    words_read     Out                       words that banks read in this tick
+    words_written  Out                       and words they write
+    dropped        Out                       addresses out of range, of the iterations taken in this tick
     ============== === ===================== =====================================================
     """
 
-    def __init__(self, *, params: RduParams):
-        self._params = params
+    def __init__(self, *, params: RduParams, memory: type = Sram):
+        self._params, self._memory = params, memory
         packets = stream.Signature(packet_layout(params.lanes))
         super().__init__(
             {
@@ -208,6 +214,9 @@ class Pmu(wiring.Component):
                 "write_activity": Out(unsigned(4)),
                 "read_activity": Out(unsigned(4)),
                 "conflict": Out(1),
+                "words_read": Out(range(params.lanes + 1)),
+                "words_written": Out(range(params.lanes + 1)),
+                "dropped": Out(range(2 * params.lanes + 1)),
             }
         )
 
@@ -239,7 +248,7 @@ class Pmu(wiring.Component):
         found = []
         grants = {id(side): [[] for _ in lanes] for side in (writer, reader)}
         for b in banks:
-            m.submodules[f"bank_{b}"] = bank = Sram(width=WORD_BITS, depth=p.bank_words)
+            m.submodules[f"bank_{b}"] = bank = self._memory(width=WORD_BITS, depth=p.bank_words)
             found.append(bank.read_data)
             wants, choice = {}, {}
             for side, name in ((writer, "write"), (reader, "read")):
@@ -337,6 +346,9 @@ class Pmu(wiring.Component):
             self.conflict.eq(
                 (writer.occupied & ~writer.finishes) | (reader.occupied & ~reader.finishes & move)
             ),
+            self.words_read.eq(sum(reader.granted)),
+            self.words_written.eq(sum(writer.granted)),
+            self.dropped.eq(writer.drops + reader.drops),
             self.done.eq(~chains & ~writer.occupied & ~under_way),
         ]
         m.d.sync += Assert(~(self.start & ~self.done), "a run begins before the last has ended")

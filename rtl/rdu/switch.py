@@ -1,6 +1,6 @@
 """A switch of the network, and how it finds the way."""
 
-from amaranth.hdl import Assert, Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.hdl import Assert, Cat, Const, Module, Mux, ResetInserter, Signal, unsigned
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -45,6 +45,7 @@ class Switch(wiring.Component):
     in_i          In  stream of packets input i: mesh ports 0..3, then local ones
     out_i         Out stream of packets output i: mesh ports 0..3, then local ones
     x, y          In  6                 position of this switch
+    start         In  1                 arbiters begin again with input 0, in the next tick
     table_enable  In  1                 write an entry of a table
     table_port    In                    of which input
     table_flow    In                    at which flow
@@ -68,6 +69,7 @@ class Switch(wiring.Component):
                 **{f"out_{i}": Out(packets) for i in range(self._outs)},
                 "x": In(X_BITS),
                 "y": In(Y_BITS),
+                "start": In(1),
                 "table_enable": In(1),
                 "table_port": In(bits_for(self._ins - 1)),
                 "table_flow": In(bits_for(flows - 1)),
@@ -121,7 +123,8 @@ class Switch(wiring.Component):
             takes.append(take)
             packets.append(packet)
         for o, port in enumerate(outs):
-            m.submodules[f"arbiter_{o}"] = arbiter = RoundRobin(count=self._ins)
+            arbiter = RoundRobin(count=self._ins)
+            m.submodules[f"arbiter_{o}"] = ResetInserter(self.start)(arbiter)
             m.d.comb += [
                 arbiter.requests.eq(Cat(want[o] for want in wants)),
                 arbiter.ready.eq(port.ready),

@@ -48,7 +48,10 @@ def run(
         return run_roofline(spec, model, scenario, by_step)
     slug = spec.target_name
     chosen = read_mapping(mapping) if isinstance(mapping, str) else mapping
-    mapped = registry.room("mappers", slug).map_model(spec, model, scenario, chosen)
+    mapper = registry.room("mappers", slug)
+    if model.composition is not None and not getattr(mapper, "COMPOSITIONS", False):
+        raise UserError(f"{model.name}: target {slug} does not support compositions of experts")
+    mapped = mapper.map_model(spec, model, scenario, chosen)
     if mapping_out is not None:
         with replacing(mapping_out) as file:
             yaml.safe_dump(dict(mapped.document), file, sort_keys=False)

@@ -23,6 +23,9 @@ SETS = {
     "pcu__vector_inputs": 2,
     "pcu__scalar_inputs": 1,
     "pcu__counters": 3,
+    "pcu__exp_terms": 2,
+    "pcu__reciprocal_iterations": 1,
+    "pcu__rsqrt_iterations": 1,
 }
 SIMD = SETS
 LANE_OP = LaneOp()
@@ -62,7 +65,7 @@ def play(sets, cfg, stages, vectors, scalars=(), **more):
         activities=["activity"],
         **more,
     )
-    want = kernels.pcu(cfg, stages, vectors, scalars, lanes=params.lanes, registers=params.registers)
+    want = kernels.pcu(cfg, stages, vectors, scalars, lanes=params.lanes, registers=params.registers, counts=params)
     for name, used, width, flow in (
         ("vector", cfg["send_vector"], params.lanes, cfg["flow"]),
         ("scalar", cfg["send_scalar"], 1, cfg["scalar_flow"]),
@@ -220,8 +223,45 @@ def test_a_run_begins_where_the_last_one_ended():
     assert first.words("vector") == [f32(6, 8, 10, 12)]
 
 
+@pytest.mark.parametrize("latency", [1, 2])
+@pytest.mark.parametrize("function", range(len(rdu.FUNCTIONS)))
+@pytest.mark.parametrize("gated", [0, 1])
+def test_the_tail_takes_its_operations_and_one_vector_a_tick(latency, function, gated):
+    # D = header + 2 stages + operations of the function + 1 of the gate + tail. With 2 terms and 1 iteration: exp
+    # 5 + 4 = 9, reciprocal 3, rsqrt 5, sigmoid 9 + 1 + 3 = 13.
+    sets = SETS | {"pcu__op_latency_cycles": latency}
+    depth = 2 + latency * (2 + (0, 9, 3, 5, 13)[function] + gated)
+    assert simd_latency(small(**sets), function=function, gated=bool(gated)) == depth
+    rows = [f32(*(0.1 + 0.7 * i - j for j in range(4))) for i in range(4)]
+    cfg = config(count0=4, function=function, gated=gated, gate=3, result=0, last_level=1)
+    double = stage(operation="multiply", a=0, b_from="constant", constant=f32(2)[0], to=3)
+    done = play(sets, cfg, [double, PASS], [rows])
+    assert done.at("vector") == [depth + i for i in range(4)]
+    assert done.ticks == depth + 4
+    assert done.activity["activity"] == [0] * 4 + [cause("pipeline")] * depth
+
+
+def test_silu_by_hand():
+    # x * sigmoid(x): 0 * 1/2 = 0, and for large x it is x: 1 / (1 + e**-40) is nearly 1.
+    sets = SETS | {"pcu__exp_terms": 7, "pcu__reciprocal_iterations": 3}
+    done = play(sets, config(function="sigmoid", gated=1), [PASS, PASS], [[f32(0, 40, -200, 1)]])
+    got = np.array(done.words("vector")[0], np.uint32).view(np.float32)
+    np.testing.assert_allclose(got, [0, 40, 0, 1 / (1 + math.exp(-1))], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("period", [3, 7])
+def test_a_stop_freezes_the_tail(period):
+    # Sums of two through the exponential, one packet leaving every few ticks: none is lost, none comes twice.
+    rows = [f32(0.25 * i, -0.5 * i, i, 1) for i in range(12)]
+    cfg = config(count0=2, count1=6, fold="add", fold_level=1, function="exp", round=1)
+    done = play(SIMD, cfg, [PASS, PASS], [rows], accept=lambda name, tick: tick % period == period - 1)
+    assert len(done.words("vector")) == 6
+    assert set(np.diff(done.at("vector"))) <= {period}
+
+
 def tile(sets, k, tiles, seed=0, **more):
     rng = np.random.default_rng(seed)
+    function = more.pop("function", "none")
     shape = (tiles * k, LANES)
     # Numbers of one size, so that each counts in its sum; every eighth word may be anything.
     a, b = (
@@ -232,7 +272,8 @@ def tile(sets, k, tiles, seed=0, **more):
         )
         for _ in range(2)
     )
-    cfg = config(mode="systolic", vectors=3, count0=k, count1=tiles, fold_level=1, last_level=2)
+    cfg = config(mode="systolic", vectors=3, count0=k, count1=tiles, fold_level=1, last_level=2,
+                 function=function)  # fmt: skip
     return play(sets, cfg, [PASS] * STAGES, [a, b], **more)
 
 
@@ -259,6 +300,13 @@ def test_tiles_fill_run_and_drain(k, tiles, latency):
     ends = [n * period + k + fill + c for n in range(tiles) for c in range(columns)]
     assert done.at("vector") == ends
     assert done.ticks == (tiles - 1) * period + k + fill + columns
+
+
+@pytest.mark.parametrize("function, operations", [("exp", 9), ("sigmoid", 13)])
+def test_columns_pass_the_tail(function, operations):
+    # As above, and the function's operations later: two tiles of 3 iterations, 2 columns each.
+    done = tile(ARRAY, 3, 2, function=function)
+    assert done.at("vector") == [n * 3 + 3 + 3 + operations + c for n in range(2) for c in range(2)]
 
 
 def test_a_tile_waits_for_the_drain_of_the_one_before():
@@ -289,12 +337,14 @@ def test_random_pipelines_match_the_kernel(seed):
     random = Random(seed)
     counts = [random.randint(1, 3) for _ in range(3)]
     cfg = config(
-        vectors=3, scalars=1, result=random.randrange(REGISTERS), fold=random.choice(rdu.FOLDS),
-        fold_type=random.choice(rdu.TYPES), tree=random.choice(rdu.FOLDS), round=random.randrange(2),
+        vectors=3, scalars=1, result=random.randrange(REGISTERS), fold=random.choice(("none", *rdu.FOLDS)),
+        fold_type=random.choice(rdu.TYPES), tree=random.choice(("none", *rdu.FOLDS)), round=random.randrange(2),
         send_scalar=random.randrange(2), sequence=65535, last_level=random.randrange(8),
         **{f"count{n}": c for n, c in enumerate(counts)},
         **{f"{name}_level": random.randrange(4) for name in ("vector0", "vector1", "scalar0", "fold")},
     )  # fmt: skip
+    cfg |= {"function": random.randrange(len(rdu.FUNCTIONS)), "gate": random.randrange(REGISTERS)}
+    cfg["gated"] = int(cfg["fold"] == cfg["tree"] == 0 and random.random() < 0.5)
     stages = [
         stage(
             operation=random.choice(rdu.STAGE_OPS), type=random.choice(rdu.TYPES), constant=word(random),
@@ -315,4 +365,5 @@ def test_random_pipelines_match_the_kernel(seed):
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 99), st.randoms(use_true_random=False))
 def test_random_tiles_match_the_kernel(k, tiles, seed, random):
     holds = [random.random() < 0.6 for _ in range(400)]
-    tile(ARRAY, k, tiles, seed, accept=lambda name, t: t >= 400 or holds[t])
+    function = random.choice(rdu.FUNCTIONS)
+    tile(ARRAY, k, tiles, seed, function=function, accept=lambda name, t: t >= 400 or holds[t])

@@ -38,7 +38,7 @@ def simulate(component, bench):
             await now[0](ctx)
 
         simulator = Simulator(component)
-        if hasattr(component, "start") or hasattr(component, "table_enable"):  # others are combinational
+        if any(hasattr(component, name) for name in ("start", "table_enable", "move")):  # others are combinational
             simulator.add_clock(1e-6)
         simulator.add_testbench(current)
         _simulators[component] = simulator, now
@@ -77,6 +77,7 @@ def run(
     tokens=None,
     loop=None,
     activities=(),
+    every=None,
     limit=2000,
     runs=1,
 ):
@@ -85,7 +86,8 @@ def run(
     `configs`: value of each port that is constant. `feeds`: for each input stream its packets, offered one by one,
     on ticks where `offer(name, tick)`. Outputs are ready where `accept(name, tick)`. `tokens`: for each port of
     control inputs the mask at each tick; `loop` wires token
-    outputs to inputs. The unit is started `runs` times.
+    outputs to inputs. `every(ctx, component, tick)` stands for what is around the unit, after all inputs of the
+    tick are set. The unit is started `runs` times.
     """
     signals = [name for name in ("signal", "write_signal", "read_signal") if hasattr(component, name)]
     results = []
@@ -117,6 +119,8 @@ def run(
                     )
                 if ctx.get(component.done):
                     break
+                if every:
+                    every(ctx, component, tick)
                 for name in activities:
                     out.activity[name].append(ctx.get(getattr(component, name)))
                 for name in signals:

@@ -1,0 +1,453 @@
+"""Stages of a pipeline through compute and memory units, as matrices flow through it by blocks of rows.
+
+A *block* is as many rows of a matrix as a vector has lanes; it travels column by column, one packet each, so a lane
+is a row throughout. That is what the systolic array takes as its operand a, and how its results drain: products
+follow one another without a transpose. Sums over a row are lane-wise, and a statistic of it is one packet a block.
+
+Blocks are dealt out to `groups` of equal pipelines, which share the weights: a memory unit's stream of weights goes to
+the compute units of all groups. Between stages blocks wait in double buffers. Where several units give the columns
+of one matrix, each by its own range, their sequence ids are the addresses; so that no packet of a block is taken for
+one of the block before, the next block is read only when all of this one is written.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from tilewright.arch.errors import UserError
+from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOKENS, RduParams
+
+__all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "stage"]
+
+BF16_BYTES = 2
+_RING = 1 << ADDRESS_BITS
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def constant(value: float) -> int:
+    """The float32 word of a number."""
+    return int(np.float32(value).view(np.uint32))
+
+
+def stage(operation: str, a: int, b: int | float | str = 0, to: int = 0, *, kind: str = "fp32", **fields: Any) -> dict[str, Any]:
+    """A stage of the SIMD pipeline: registers a and b into register `to`.
+
+    b may be a float, a constant word of `constant`, or "lane"; `counter=n` makes b the index of loop n.
+    """
+    out: dict[str, Any] = {"operation": operation, "type": kind, "a": a, "to": to}
+    if isinstance(b, float):
+        out |= {"b_from": "constant", "constant": constant(b)}
+    elif b == "lane":
+        out["b_from"] = "lane"
+    else:
+        out["b"] = b
+    return out | fields
+
+
+@dataclass(frozen=True)
+class Region:
+    """What an argument register points to: a place in a tensor off chip, in bytes from its start."""
+
+    tensor: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A matrix on its way, of `columns` columns a block.
+
+    `sources[g]` are the units that give the blocks of group g, each `each` packets a block; the last of them may be
+    beyond the columns. `readers[g]` begin each block, so that they can hold it back.
+    """
+
+    columns: int
+    sources: tuple[tuple[str, ...], ...]
+    each: int
+    readers: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def merged(self) -> bool:
+        """Whether sequence ids tell the columns."""
+        return len(self.sources[0]) > 1
+
+
+@dataclass
+class _Unit:
+    kind: str
+    tag: str
+    fields: dict[str, Any]
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    waits: dict[str, int] = field(default_factory=dict)
+    """Control inputs in use, by side."""
+
+
+class Pipeline:
+    """Units, streams and tokens of a section, by stages; `into` hands them to a section builder.
+
+    Parameters
+    ----------
+    params : RduParams
+    groups : int
+        Pipelines side by side.
+    blocks : int
+        Blocks of rows that each of them takes; even, or 1.
+    """
+
+    def __init__(self, params: RduParams, *, groups: int = 1, blocks: int = 1) -> None:
+        if blocks > 1 and blocks % 2:
+            raise ValueError(f"blocks must be even or 1, not {blocks}")
+        self.p, self.groups, self.blocks = params, groups, blocks
+        self.capacity = params.banks * params.bank_words
+        self.buffers = 2 if blocks > 1 else 1
+        self.units: dict[str, _Unit] = {}
+        self.sinks: dict[str, list[tuple[str, int]]] = {}
+        self.rates: dict[str, Fraction] = {}
+        self.tokens: list[tuple[str, str, int]] = []
+        self.arguments: list[Region] = []
+        self.work: dict[str, int] = {}
+        """Iterations of each unit."""
+        self.traffic: dict[str, int] = {}
+        """Bytes of each gate to memory."""
+
+    # ---- units and wires ----------------------------------------------------------------------------
+
+    def count(self, kind: str) -> int:
+        """Units of a kind."""
+        return sum(u.kind == kind for u in self.units.values())
+
+    def unit(self, name: str, kind: str, tag: str, **fields: Any) -> str:
+        """Add a unit with the fields of its record."""
+        if name in self.units:
+            raise ValueError(f"unit {name} is given twice")
+        self.units[name] = _Unit(kind, tag, fields)
+        return name
+
+    def feed(self, source: str, sink: str, index: int = 0) -> None:
+        """Lead the packets of a unit to an input of another."""
+        self.sinks.setdefault(source, []).append((sink, index))
+
+    def wire(self, source: str, sink: str, hold: int = 0) -> None:
+        """A token from one side to another, each `unit`, or `unit.write` and `unit.read` of a memory unit."""
+        unit, side = _side(sink)
+        waits = self.units[unit].waits
+        index = waits.get(side, 0)
+        if index == TOKENS:
+            raise UserError(f"unit {unit}: its {side or 'chain'} must wait for more than {TOKENS} control inputs")
+        waits[side] = index + 1
+        prefix = f"{side}_" if side else ""
+        fields = self.units[unit].fields
+        fields[f"{prefix}wait"] = fields.get(f"{prefix}wait", 0) | 1 << index
+        if hold:
+            fields[f"{prefix}hold{index}"] = hold
+        unit, side = _side(source)
+        self.units[unit].fields[f"{side}_signal" if side else "signal"] = 1
+        self.tokens.append((source, sink, index))
+
+    def argument(self, tensor: str, offset: int = 0) -> int:
+        """The register that points to a place in a tensor."""
+        region = Region(tensor, offset)
+        if region not in self.arguments:
+            self.arguments.append(region)
+        return self.arguments.index(region)
+
+    def _chain(self, name: str, prefix: str, loops: Sequence[tuple[int, int]], ring: int = _RING) -> dict[str, int]:
+        """Counts and strides of nested loops, the innermost first."""
+        kept = list(loops)
+        if len(kept) > LEVELS:
+            raise UserError(f"unit {name} needs {len(kept)} counters; a chain has {LEVELS}")
+        out = {}
+        for n, (count, stride) in enumerate(kept):
+            out[f"{prefix}count{n}"] = count
+            out[f"{prefix}stride{n}" if ring else f"stride{n}"] = stride % ring if ring else stride
+        return out
+
+    def _rounds(self, toggle: int = 0, drift: int = 0) -> list[tuple[int, int]]:
+        """The loops over a group's blocks; `toggle` words from buffer to buffer, `drift` words a block in all."""
+        if self.buffers == 1:
+            return [(self.blocks, drift)]
+        return [(2, toggle + drift), (self.blocks // 2, 2 * drift)]
+
+    # ---- stages -------------------------------------------------------------------------------------
+
+    def load(self, name: str, tag: str, tensor: str, columns: int, *, tier: str = "hbm", offset: int = 0, row: int | None = None) -> Flow:
+        """A matrix from off-chip memory, bfloat16, blocks of columns of lanes; `row` bytes from block to block."""
+        lanes = self.p.lanes
+        column = lanes * BF16_BYTES
+        pitch = columns * column if row is None else row
+        names = []
+        for g in range(self.groups):
+            loops = [(columns, column), (self.blocks, self.groups * pitch)]
+            names.append(self._gate(f"{name}.{g}", tag, "load", tier, tensor, offset + g * pitch, loops))
+        return Flow(columns, tuple((n,) for n in names), columns)
+
+    def _gate(
+        self, name: str, tag: str, direction: str, tier: str, tensor: str, offset: int,
+        loops: Sequence[tuple[int, int]], words: int | None = None, level: int | None = None,
+    ) -> str:  # fmt: skip
+        fields = self._chain(name, "", loops, 0)
+        level = len(loops) - 1 if level is None else level
+        self.unit(
+            name, "agcu", tag, direction=direction, tier=tier, argument=self.argument(tensor, offset),
+            words=words or self.p.lanes, format="bf16", wait_level=level, signal_level=level, **fields,
+        )  # fmt: skip
+        self.work[name] = prod(count for count, _ in loops)
+        self.traffic[name] = self.work[name] * (words or self.p.lanes) * BF16_BYTES
+        return name
+
+    def store(self, name: str, tag: str, flow: Flow, tensor: str, *, tier: str = "hbm", offset: int = 0, row: int | None = None, column: int | None = None, sign: bool = False) -> tuple[str, ...]:
+        """Store a matrix of one source a group, as `load` finds it; `column` bytes from column to column."""
+        step = self.p.lanes * BF16_BYTES if column is None else column
+        pitch = flow.columns * step if row is None else row
+        names = []
+        for g in range(self.groups):
+            loops = [(flow.columns, step), (self.blocks, self.groups * pitch)]
+            unit = self._gate(f"{name}.{g}", tag, "store", tier, tensor, offset + g * pitch, loops)
+            self.feed(flow.sources[g][0], unit)
+            names.append(unit)
+        return tuple(names)
+
+    def read(
+        self, name: str, tag: str, flow: Flow, loops: Sequence[tuple[int, int]] | None = None, *, first: int = 0,
+        part: tuple[int, int] = (0, 1), spread: bool = False, after: Sequence[str] = (),
+    ) -> Flow:  # fmt: skip
+        """A double buffer of a matrix, and how it is read: columns `first` + sum of counter * step of (count, step).
+
+        `part` (i, n) keeps only the i-th of n equal ranges of the columns, and `loops` count within it. `spread`
+        gives one word to all lanes, `loops` counting words. `after[g]` are units whose token each block needs.
+        """
+        lanes = self.p.lanes
+        given = len(flow.sources[0]) * flow.each
+        if flow.merged and part != (0, 1):
+            raise ValueError("what several units give has no parts")
+        width = ceil_div(given, part[1])
+        words = width * lanes
+        slot = 1 << (words - 1).bit_length()
+        bits: dict[str, int] = {}
+        count = self.p.banks.bit_length() - 1
+        if self.buffers > 1 and self.buffers * slot <= self.capacity and lanes <= self.p.banks // 2 and slot >= self.p.banks // 2:
+            bits = {f"bank_bit{count - 1}": slot.bit_length() - 1}  # buffers in banks of their own
+        else:
+            slot = words
+        span = self.buffers * slot
+        if span > self.capacity:
+            raise UserError(
+                f"buffer {name}: {self.buffers} x {width} columns of {lanes} rows are {span} words; a PMU has {self.capacity}"
+            )
+        if flow.merged and self.blocks * flow.each + given > 1 << SEQUENCE_BITS:
+            raise UserError(
+                f"buffer {name}: {self.blocks} blocks of {flow.each} columns run through the {1 << SEQUENCE_BITS} "
+                "sequence ids; use more groups or smaller tiles"
+            )
+        if flow.merged:
+            write = [(given, 0), *self._rounds(slot, -flow.each * lanes)]
+        elif part[1] > 1:
+            write = [(width, lanes), (part[1], span), *self._rounds(slot)]
+        else:
+            write = [(given, lanes), *self._rounds(slot)]
+        if loops is None:
+            loops = [(flow.columns // part[1], 1)]
+        scale = 1 if spread else lanes
+        inner = [(c, step * scale) for c, step in loops]
+        names = []
+        for g in range(self.groups):
+            unit = self.unit(
+                f"{name}.{g}", "pmu", tag, enable=3, low=part[0] * span, words=span, **bits,
+                **self._chain(name, "write_", write), sequence_scale=lanes if flow.merged else 0,
+                write_wait_level=len(write) - len(self._rounds()),
+                write_signal_level=len(write) - len(self._rounds()),
+                **self._chain(name, "read_", [*inner, *self._rounds(slot)]),
+                read_base=part[0] * span + first * scale, read_lane_stride=0 if spread else 1,
+                read_wait_level=len(inner), read_signal_level=len(inner),
+            )  # fmt: skip
+            names.append(unit)
+            self.work[unit] = self.blocks * prod(c for c, _ in inner)
+            self.wire(f"{unit}.read", f"{unit}.write", self.buffers)
+            self.wire(f"{unit}.write", f"{unit}.read")
+            if after:
+                self.wire(after[g], f"{unit}.read")
+            if flow.merged:
+                for reader in flow.readers[g]:
+                    self.wire(f"{unit}.write", f"{reader}.read", 1)
+            for source in flow.sources[g]:
+                self.feed(source, unit)
+        packets = prod(c for c, _ in inner)
+        return Flow(packets, tuple((n,) for n in names), packets, tuple((n,) for n in names))
+
+    def simd(
+        self, name: str, tag: str, inputs: Sequence[tuple[Flow, int]], stages: Sequence[dict[str, Any]], packets: int,
+        *, result: int = 0, columns: int | None = None, loops: Sequence[int] | None = None, **fields: Any,
+    ) -> Flow:  # fmt: skip
+        """A SIMD pipeline a group that takes `packets` iterations a block; inputs with the level they are popped at.
+
+        Level 0 is each iteration, and the number of `loops` (by default one) a block. With `fold` a packet leaves a
+        block. A stage for which `group` is given adds that number times the group to its constant.
+        """
+        if len(stages) > self.p.stages:
+            raise UserError(f"unit {name} needs {len(stages)} stages; a PCU has {self.p.stages}")
+        if len(inputs) > min(INPUTS, self.p.vector_inputs):
+            raise UserError(f"unit {name} needs {len(inputs)} vector inputs; a PCU has {self.p.vector_inputs}")
+        inner = list(loops or [packets])
+        level = len(inner)
+        fold = fields.get("fold", "none") != "none"
+        names = []
+        for g in range(self.groups):
+            unit = self.unit(
+                f"{name}.{g}", "pcu", tag, mode="simd", result=result, send_vector=1, vectors=(1 << len(inputs)) - 1,
+                **{f"vector{i}_level": at for i, (_, at) in enumerate(inputs)},
+                **{f"count{i}": c for i, c in enumerate([*inner, self.blocks])},
+                fold_level=level, signal_level=level, **fields,
+            )  # fmt: skip
+            names.append(unit)
+            self.units[unit].stages = [_grouped(s, g) for s in stages]
+            self.work[unit] = prod(inner) * self.blocks
+            for i, (flow, _) in enumerate(inputs):
+                if flow.merged:
+                    raise ValueError(f"unit {name}: what several units give must be buffered")
+                self.feed(flow.sources[g][0], unit, i)
+        out = (1 if fold else prod(inner)) if columns is None else columns
+        return Flow(out, tuple((n,) for n in names), out, inputs[0][0].readers)
+
+    def product(self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[str], columns: int, *, rounded: bool = True) -> Flow:
+        """A matrix product on systolic arrays: each unit multiplies the block with `strips` strips of columns.
+
+        `x` is read depth x strips times a block; `weights` are memory units whose streams hold the strips in order.
+        """
+        c = self.p.stages
+        sources = []
+        for g in range(self.groups):
+            row = []
+            for j, weight in enumerate(weights):
+                unit = self.unit(
+                    f"{name}.{g}.{j}", "pcu", tag, mode="systolic", vectors=3, send_vector=1, round=int(rounded),
+                    count0=depth, count1=strips, count2=self.blocks, fold_level=1,
+                    sequence=j * strips * c if len(weights) > 1 else 0,
+                )  # fmt: skip
+                self.feed(x.sources[g][0], unit, 0)
+                self.feed(weight, unit, 1)
+                self.work[unit] = max(depth, c) * strips * self.blocks
+                row.append(unit)
+            sources.append(tuple(row))
+            self.rates[x.sources[g][0]] = Fraction(1)
+        for weight in weights:
+            self.rates[weight] = Fraction(1)
+        return Flow(columns, tuple(sources), strips * c, x.readers)
+
+    # ---- what stays for the whole kernel ------------------------------------------------------------
+
+    def resident(self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[str, int, Mapping[str, Any]]]]) -> None:
+        """Memory units that are filled once, from a tensor that holds their contents one after the other.
+
+        `shares[i]` are those that one gate to memory fills: (unit, words, fields of the read side). Each takes its
+        range of the addresses, which count from 0 in each share.
+        """
+        lanes = self.p.lanes
+        offset = 0
+        for i, share in enumerate(shares):
+            packets = sum(ceil_div(words, lanes) for _, words, _ in share)
+            gate = self._gate(
+                f"{name}.load{i}", tag, "load", "hbm", tensor, offset, [(packets, lanes * BF16_BYTES)]
+            )
+            starts = accumulate((ceil_div(words, lanes) * lanes for _, words, _ in share), initial=0)
+            for (unit, words, fields), low in zip(share, starts, strict=False):
+                held = ceil_div(words, lanes) * lanes
+                if held > self.capacity:
+                    raise UserError(f"unit {unit}: {held} words exceed the {self.capacity} of a PMU")
+                self.unit(
+                    unit, "pmu", tag, enable=3, low=low, words=held,
+                    **self._chain(unit, "write_", [(packets, lanes)]), write_signal_level=LEVELS,
+                    **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
+                )  # fmt: skip
+                self.wire(f"{unit}.write", f"{unit}.read")
+                self.feed(gate, unit)
+                self.work[unit] = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
+            offset += packets * lanes * BF16_BYTES
+
+    def weights(self, name: str, tag: str, tensor: str, depth: int, strips: int, units: int, gates: int) -> list[str]:
+        """Memory units with `strips` strips each of a weight matrix, filled through `gates` gates.
+
+        The tensor holds strip after strip, row after row of it, as many columns as the array has.
+        """
+        c = self.p.stages
+        names = [f"{name}.w{j}" for j in range(units)]
+        fields = self._chain(name, "read_", [(depth, c), (strips, depth * c), (self.blocks, 0)])
+        words = depth * strips * c
+        share = ceil_div(units, gates)
+        self.resident(
+            name, tag, tensor,
+            [[(n, words, fields) for n in names[i : i + share]] for i in range(0, units, share)],
+        )  # fmt: skip
+        return names
+
+    def broadcast(self, name: str, tag: str, tensor: str, length: int) -> Flow:
+        """A vector of a word for each column (a gain, say), given to all lanes, once a block; a unit for each group."""
+        names = [f"{name}.{g}" for g in range(self.groups)]
+        fields = self._chain(name, "read_", [(length, 1), (self.blocks, 0)]) | {"read_lane_stride": 0}
+        lanes = self.p.lanes
+        gate = self._gate(
+            f"{name}.load", tag, "load", "hbm", tensor, 0, [(ceil_div(length, lanes), lanes * BF16_BYTES)]
+        )
+        held = ceil_div(length, lanes) * lanes
+        for unit in names:
+            self.unit(
+                unit, "pmu", tag, enable=3, words=held,
+                **self._chain(unit, "write_", [(held // lanes, lanes)]), write_signal_level=LEVELS,
+                **fields, read_wait_level=LEVELS,
+            )  # fmt: skip
+            self.wire(f"{unit}.write", f"{unit}.read")
+            self.feed(gate, unit)
+            self.work[unit] = length * self.blocks
+        return Flow(length, tuple((n,) for n in names), length)
+
+    # ---- the section --------------------------------------------------------------------------------
+
+    def interval(self) -> tuple[int, list[str]]:
+        """Iterations of the busiest units, and which these are."""
+        most = max(self.work.values(), default=0)
+        return most, [name for name, n in self.work.items() if n == most]
+
+    def into(self, section: Any) -> None:
+        """Give everything to a section builder (`mappers.rdu.section.Section`)."""
+        most, _ = self.interval()
+        for name, u in self.units.items():
+            fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
+            getattr(section, u.kind)(name, tag=u.tag, **fields)
+        for source, sinks in self.sinks.items():
+            rate = self.rates.get(source)
+            if rate is None:
+                rate = min(Fraction(1), Fraction(max(1, self.packets(source)), max(1, most)))
+            section.stream(source, *sinks, network="vector", rate=rate)
+        for source, sink, index in self.tokens:
+            section.token(source, 0, sink, index)
+
+    def packets(self, name: str) -> int:
+        """Packets that a unit gives in all."""
+        u = self.units[name]
+        if u.kind != "pcu":
+            return self.work[name]
+        f = u.fields
+        counts = [f.get(f"count{n}", 1) for n in range(LEVELS)]
+        if f["mode"] == "systolic":
+            return prod(counts[1:]) * self.p.stages
+        return prod(counts[f["fold_level"] :]) if f.get("fold", "none") != "none" else prod(counts)
+
+
+def _side(name: str) -> tuple[str, str]:
+    unit, _, side = name.rpartition(".")
+    return (unit, side) if side in ("write", "read") else (name, "")
+
+
+def _grouped(fields: Mapping[str, Any], group: int) -> dict[str, Any]:
+    out = dict(fields)
+    step = out.pop("group", 0)
+    if step:
+        out["constant"] = out.get("constant", 0) + step * group
+    return out
