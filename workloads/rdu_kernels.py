@@ -322,7 +322,6 @@ def pmu_read(config: Config, memory: Words, lanes: int) -> Packets:
 # ---- gates to off-chip memory -------------------------------------------------------------------------
 
 
-
 def agcu_addresses(config: Config, args: Arguments, lanes: int) -> NDArray[np.int64]:
     """Byte address int64[iterations] of each iteration's first element.
 
@@ -392,4 +391,6 @@ def agcu_store(config: Config, args: Arguments, memory: NDArray[np.uint8], packe
     where = agcu_addresses(config, args, packets.data.shape[1])
     for address, row in zip(where, packets.data, strict=True):
         elements = row[:words] >> np.uint32(rdu.WORD_BITS - 8 * size)
-        memory[address : address + words * size] = elements.astype("<u4" if size == 4 else "<u2").view(np.uint8)
+        memory[address : address + words * size] = elements.astype("<u4" if size == 4 else "<u2").view(
+            np.uint8
+        )

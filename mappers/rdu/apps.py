@@ -111,12 +111,13 @@ def buffer(
     tag: str = "",
     write_lane: int = 1,
     read_lane: int = 1,
+    base: int = 0,
     diagonal: int = 0,
 ) -> None:
     """A PMU that holds tiles of at most `size` words: while one is written, the one before is read.
 
-    `write` and `read` are the loops of a tile; `write_lane`, `read_lane` are words from lane to lane. With `diagonal`,
-    the words of a row, a column is read at the rate of a row. Of a single tile there is one buffer. Raises UserError
+    `write` and `read` are the loops of a tile; `write_lane`, `read_lane` are words from lane to lane, `base`
+    is where writing begins; what is out of range is dropped. With `diagonal`, the words of a row, a column is read at the rate of a row. Of a single tile there is one buffer. Raises UserError
     where two do not fit.
     """
     p = s.params
@@ -136,6 +137,7 @@ def buffer(
         **({"skew_bits": lanes, "skew_shift": diagonal.bit_length() - 1} if diagonal else {}),
         **_chain([*write, *over], "write_"),
         **_chain([*read, *over], "read_"),
+        write_base=base,
         write_lane_stride=write_lane,
         read_lane_stride=read_lane,
     )
@@ -202,6 +204,11 @@ def _sum_of(inputs: Sequence[int], to: int) -> list[Stage]:
 def _divides(what: str, part: int, whole: int) -> None:
     if whole % part:
         raise UserError(f"{what} {part} must divide {whole}")
+
+
+def _one_or_all(p: RduParams, what: str, words: int) -> None:
+    if words not in (1, p.lanes):
+        raise UserError(f"{what} must be 1 or {p.lanes}, not {words}")
 
 
 def _sum(values: NDArray[Any]) -> Ints:
@@ -288,18 +295,6 @@ def dot_product(params: RduParams, *, n: int = 1024, tile: int = 32, inner: int 
     loops = [(tile // inner, slot)]
     arguments = {0: 8 * n}
     for u in range(outer):
-        for k, name in enumerate("ab"):
-            argument = 1 + 2 * u + k
-            arguments[argument] = 4 * (k * n + u * tile)
-            gate(
-                s, f"load_{name}{u}", "load", [(tile // inner, 4 * inner), (turns, 4 * tile * outer)],
-                argument=argument, words=inner,
-            )  # fmt: skip
-            buffer(
-                s, f"{name}{u}", size=tile // inner * slot, tiles=turns, tag=name, write=loops, read=loops, **lanes
-            )
-            s.stream(f"load_{name}{u}", (f"{name}{u}", 0))
-            s.stream(f"{name}{u}", (f"dot{u}", k))
         s.pcu(
             f"dot{u}",
             tag="inner reduce",
@@ -313,6 +308,18 @@ def dot_product(params: RduParams, *, n: int = 1024, tile: int = 32, inner: int 
             send_scalar=1,
             **_counts(tile // inner, turns),
         )
+        for k, name in enumerate("ab"):
+            argument = 1 + 2 * u + k
+            arguments[argument] = 4 * (k * n + u * tile)
+            gate(
+                s, f"load_{name}{u}", "load", [(tile // inner, 4 * inner), (turns, 4 * tile * outer)],
+                argument=argument, words=inner,
+            )  # fmt: skip
+            buffer(
+                s, f"{name}{u}", size=tile // inner * slot, tiles=turns, tag=name, write=loops, read=loops, **lanes
+            )
+            s.stream(f"load_{name}{u}", (f"{name}{u}", 0))
+            s.stream(f"{name}{u}", (f"dot{u}", k))
     _reduction(s, tile, inner, turns, outer, 0)
     rng = np.random.default_rng(0)
     a, b = _data(rng, n), _data(rng, n)
@@ -338,7 +345,7 @@ def outer_product(
     p = params
     _divides("outer_rows * rows", outer_rows * rows, n)
     _divides("outer_columns * columns", outer_columns * columns, n)
-    _divides("words", words, columns)
+    _one_or_all(p, "words", words)
     _divides("lanes", p.lanes, columns)
     s = Section(p, "OuterProduct")
     turns_i, turns_j = n // (rows * outer_rows), n // (columns * outer_columns)
@@ -364,9 +371,6 @@ def outer_product(
         s.pcu(f"word{u}", tag="rows", mode="simd", vectors=1, send_scalar=1, **_counts(rows * turns))
         s.stream(f"load_rows{u}", (f"rows{u}", 0), rate=words / (vectors * rows * turns_j))
         s.stream(f"rows{u}", (f"word{u}", 0), rate=1 / vectors)
-        s.stream(
-            f"word{u}", *((f"product{u}_{v}", 0) for v in range(outer_columns)), network="scalar", rate=1 / vectors
-        )
         for v in range(outer_columns):
             name = f"{u}_{v}"
             gate(
@@ -406,6 +410,9 @@ def outer_product(
                 argument=argument(4 * (2 * n + u * rows * n + v * columns)), words=words,
             )  # fmt: skip
             s.stream(f"tile{name}", (f"store{name}", 0))
+        s.stream(
+            f"word{u}", *((f"product{u}_{v}", 0) for v in range(outer_columns)), network="scalar", rate=1 / vectors
+        )
     rng = np.random.default_rng(0)
     a, b = _data(rng, n), _data(rng, n)
     product = (a[:, None].astype(np.int64) * b).astype(np.int32)
@@ -445,7 +452,8 @@ def mem_reduce(params: RduParams, *, size: int = 1024, n: int = 100, outer: int 
         raise UserError(f"outer must be in 1..{p.vector_inputs - 1}, not {outer}")
     s = Section(p, "MemReduceTest")
     passes, slots = ceil(n / outer), size // p.lanes
-    busy = p.lanes and slots / size  # share of ticks in which a tile is added
+    busy = slots / size  # share of ticks in which a tile is added
+    _add_tiles(s, "add", outer, slots, passes, 1)
     for u in range(outer):
         stages = [
             int_stage("multiply", 0, "c1", "constant", outer),
@@ -465,7 +473,6 @@ def mem_reduce(params: RduParams, *, size: int = 1024, n: int = 100, outer: int 
         )  # fmt: skip
         s.stream(f"fill{u}", (f"tile{u}", 0))
         s.stream(f"tile{u}", ("add", 1 + u), rate=busy)
-    _add_tiles(s, "add", outer, slots, passes, 1)
     accumulator(s, "sum", size=size, passes=passes, tag="add")
     # The sums so far go to both; what is stored is the last.
     buffer(
@@ -487,14 +494,21 @@ def sram_split(
     """
     p = params
     _divides("tile", tile, n)
-    for what, words in (("write", write), ("read", read)):
-        if words not in (1, p.lanes):
-            raise UserError(f"{what} must be 1 or {p.lanes}, not {words}")
+    _one_or_all(p, "write", write)
+    _one_or_all(p, "read", read)
     s = Section(p, "SRAMSplit")
     capacity = p.banks * p.bank_words
     per_copy = [len(range(u, n // tile, outer)) for u in range(outer)]
     if per_copy[0] * tile > alone(p):
         raise UserError(f"n {n} is more than {outer * alone(p)} words of {outer} copies can be addressed")
+    s.pcu(
+        "sum",
+        tag="read",
+        mode="simd",
+        scalars=(1 << outer) - 1,
+        stages=_sum_of([4 + u for u in range(outer)], 0),
+        send_vector=1,
+    )
     for u, tiles in enumerate(per_copy):
         stages = [
             int_stage("multiply", 0, "c1", "constant", tile * outer),
@@ -554,14 +568,6 @@ def sram_split(
         s.stream(f"fill{u}", *((f"words{u}_{k}", 0) for k in range(parts)))
         s.stream(f"tile{u}", (f"copy{u}", 0), network="scalar", rate=read / tile)
         s.stream(f"copy{u}", ("sum", u), network="scalar", rate=read / (tile * tiles))
-    s.pcu(
-        "sum",
-        tag="read",
-        mode="simd",
-        scalars=(1 << outer) - 1,
-        stages=_sum_of([4 + u for u in range(outer)], 0),
-        send_vector=1,
-    )
     gate(s, "result", "store", [(1, 4)], argument=0, words=1)
     s.stream("sum", ("result", 0), rate=read / n)
     turns = per_copy[0]
@@ -622,6 +628,22 @@ def gemm(
     share = 1 / (depth * columns)  # of ticks in which a row of A moves
     rows_of = [(ui, u) for ui in range(ii) for u in range(i)]
     columns_of = [(uj, u) for uj in range(jj) for u in range(j)]
+    copies = [f"{ui}_{u}_{vj}_{v}" for ui, u in rows_of for vj, v in columns_of]
+    for name in copies:
+        for q in range(kk):
+            s.pcu(
+                f"dot{name}_{q}",
+                tag="dot",
+                mode="simd",
+                vectors=3,
+                stages=[int_stage("multiply", 0, 0, 1)],
+                fold="add",
+                fold_type="int32",
+                fold_level=1,
+                tree="add",
+                send_vector=1,
+                **_counts(depth, rows * columns * tiles),
+            )
     for q in range(kk):
         for ui, u in rows_of:
             name = f"a{ui}_{u}_{q}"
@@ -654,27 +676,14 @@ def gemm(
     for ui, u in rows_of:
         for vj, v in columns_of:
             name = f"{ui}_{u}_{vj}_{v}"
+            _add_tiles(s, f"add{name}", kk, slots, passes, steps)
             for q in range(kk):
-                s.pcu(
-                    f"dot{name}_{q}",
-                    tag="dot",
-                    mode="simd",
-                    vectors=3,
-                    stages=[int_stage("multiply", 0, 0, 1)],
-                    fold="add",
-                    fold_type="int32",
-                    fold_level=1,
-                    tree="add",
-                    send_vector=1,
-                    **_counts(depth, rows * columns * tiles),
-                )
                 buffer(
                     s, f"part{name}_{q}", size=slots * p.lanes, tiles=tiles, tag="part",
                     write=[(inner, 1), (slots, p.lanes)], read=[(slots, p.lanes)], write_lane=alone(p),
                 )  # fmt: skip
                 s.stream(f"dot{name}_{q}", (f"part{name}_{q}", 0), rate=1 / depth)
                 s.stream(f"part{name}_{q}", (f"add{name}", 1 + q), rate=1 / tile)
-            _add_tiles(s, f"add{name}", kk, slots, passes, steps)
             sinks = [(f"c{name}", 0)]
             if passes > 1:
                 accumulator(s, f"sum{name}", size=slots * p.lanes, passes=passes * steps, tag="add")

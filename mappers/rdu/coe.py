@@ -456,8 +456,8 @@ class _Part:
         for s in self._segments:
             for record in s.regions["code"]:
                 if record["op"] == OP["PROGRAM_LOAD"]:
-                    units = self._segments[record["section"]].regions["config.agcu"]
-                    configured = dict(zip(units["argument"].tolist(), units["tier"].tolist(), strict=True))
+                    units = self._segments[record["section"]].regions.get("config.agcu", ())
+                    configured = {int(unit["argument"]): int(unit["tier"]) for unit in units}
                 elif record["op"] == OP["ARGUMENT_LOAD"]:
                     given.append(int(record["section"]))
                 elif record["op"] == OP["KERNEL_EXECUTE"]:

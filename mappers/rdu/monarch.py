@@ -15,7 +15,8 @@ buffer: it is one signal that passes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,25 +24,41 @@ from numpy.typing import NDArray
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
-from tilewright.arch.rdu import ISA, LEVELS, TOKENS, RduParams, is_pcu
+from tilewright.arch.rdu import ADDRESS_BITS, ISA, LEVELS, TOKENS, RduParams, is_pcu
+from tilewright.mappers.rdu.apps import buffer
 from tilewright.mappers.rdu.section import Built, Section, segment
 from tilewright.workloads import monarch
 from tilewright.workloads.monarch import Pair
 from tilewright.workloads.rdu_kernels import place
 
-__all__ = ["Convolution", "Kernel", "fft_convolution", "fusion_example", "scratch", "unfused_convolution"]
+__all__ = ["Convolution", "Kernel", "fft_convolution", "scratch", "unfused_convolution"]
 
 Words = NDArray[np.uint32]
 Layout = tuple[int, ...]
 ELEMENT = 2  # bytes of a bfloat16 off chip
 
 
-class Load(NamedTuple):
-    """Where a group's lanes take the signal from: byte address, and (digit, stride) from the fastest digit on."""
+class Step(NamedTuple):
+    """A stage: the digit that it transforms, and by what its outputs are multiplied, by digit.
+
+    `read`: the digit is the slowest of its layout ("slow"), or that within vectors ("vector"). `write`: the digit that
+    was within vectors becomes the fastest, or the slowest, of those between them ("fast", "slow", or "" if it was
+    transformed).
+    """
+
+    digit: int
+    inverse: bool
+    factors: Pair | None
+    read: Literal["slow", "vector"] = "slow"
+    write: Literal["fast", "slow", ""] = "fast"
+
+
+class Source(NamedTuple):
+    """Where a group's signal lies: its first byte, bytes from lane to lane, and the (count, stride in bytes) of packets."""
 
     address: int
     lane_bytes: int
-    loops: Sequence[tuple[int, int]]  # of packets of one lane, (count, stride in bytes)
+    loops: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,7 @@ class Convolution:
     source_digits: Layout
     target: int
     target_digits: Layout
+    constants: Mapping[int, Words]
     bytes: int
 
     def program(self, built: Sequence[Built], *, host: bool = False) -> Program:
@@ -91,13 +109,14 @@ class Convolution:
         z = z.transpose([d - 1 for d in self.source_digits])
         parts = np.stack([monarch.bf16(part) for part in Pair.of(z)], axis=-2)
         image = np.zeros(self.bytes, np.uint8)
-        raw = (np.ascontiguousarray(parts).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(-1)
-        image[self.source : self.source + len(raw)] = raw
+        for address, words in {self.source: parts.view(np.uint32), **self.constants}.items():
+            raw = (words.reshape(-1) >> 16).astype(np.uint16).view(np.uint8)
+            image[address : address + len(raw)] = raw
         return image
 
     def result(self, image: NDArray[np.uint8]) -> Pair:
         """The convolution in HBM after the run."""
-        radix, lane = self.params.lanes, _lane_bytes(self.params, self.order)
+        radix, lane = self.params.lanes, _Shape.of(self.params, self.order).lane_bytes
         size = radix ** (self.order - 1) * 2 * ELEMENT
         lanes = [image[self.target + u * lane :][:size] for u in range(radix)]
         halves = np.stack(lanes).reshape(-1).view(np.uint16).astype(np.uint32) << 16
@@ -117,7 +136,7 @@ def scratch(params: RduParams, built: Sequence[Built], kernels: Sequence[Kernel]
     for b, kernel in zip(built, kernels, strict=True):
         records = {(int(r["x"]), int(r["y"])): r for r in b.records["config.pmu"]}
         for name, words in kernel.resident.items():
-            position = b.position(name)
+            position = b.site(name)
             pmu = index[position]
             if pmu in taken:
                 raise UserError(f"{name} and {taken[pmu]} are resident in one PMU, {position}")
@@ -126,3 +145,493 @@ def scratch(params: RduParams, built: Sequence[Built], kernels: Sequence[Kernel]
             assert np.all(valid)
             out[pmu, bank, word] = words
     return out
+
+
+# ---- one group of stages ------------------------------------------------------------------------------
+
+
+class _Shape(NamedTuple):
+    """Sizes of one lane: `order` - 1 digits, one of them within vectors."""
+
+    radix: int
+    columns: int  # of the array
+    points: int  # between which vectors lie: radix ** (order - 2)
+    words: int  # of the signal
+
+    @classmethod
+    def of(cls, p: RduParams, order: int) -> "_Shape":
+        return cls(p.lanes, p.stages, p.lanes ** (order - 2), 2 * p.lanes ** (order - 1))
+
+    @property
+    def line(self) -> int:
+        """Words of a point's vectors."""
+        return 2 * self.radix
+
+    def passes(self, step: Step) -> tuple[int, int]:
+        """Tiles of columns, and how often each is taken."""
+        if step.read == "vector":
+            return ceil(self.points / self.columns), 1
+        return ceil(self.points // self.radix / self.columns), self.radix
+
+    def packets(self, step: Step) -> int:
+        tiles, turns = self.passes(step)
+        return tiles * self.columns * turns
+
+    def reads(self, step: Step) -> list[tuple[int, int]]:
+        """Loops of the operands: the digit, the two parts, the tiles, and the digit within vectors."""
+        tiles, turns = self.passes(step)
+        tile = (tiles, self.columns * self.line)
+        if step.read == "vector":
+            return [(self.radix, 1), (2, self.radix), tile]
+        return [(self.radix, self.points // self.radix * self.line), (2, self.radix), tile, (turns, 1)]
+
+    def writes(self, step: Step) -> list[tuple[int, int]]:
+        """Loops of the results. Those of columns beyond the last point fall behind the signal, or are overwritten."""
+        tiles, turns = self.passes(step)
+        columns = tiles * self.columns
+        if step.read == "vector":
+            return [(2, self.radix), (columns, self.line)]
+        across = self.points // self.radix
+        point, turn = (self.radix, 1) if step.write == "fast" else (1, across)
+        return [(2, self.radix), (columns, point * self.line), (turns, turn * self.line)]
+
+    @property
+    def lane_bytes(self) -> int:
+        """Bytes of a lane off chip, with what columns beyond the last point leave behind it."""
+        across = ceil(max(1, self.points // self.radix) / self.columns) * self.columns
+        return max(across * self.radix, self.points) * self.line * ELEMENT
+
+
+def _loops(loops: Sequence[tuple[int, int]], prefix: str = "") -> dict[str, int]:
+    if len(loops) > LEVELS:
+        raise UserError(f"{len(loops)} nested loops; a counter chain has {LEVELS}")
+    out = {f"{prefix}count{n}": count for n, (count, _) in enumerate(loops)}
+    return out | {f"{prefix}stride{n}": stride for n, (_, stride) in enumerate(loops)}
+
+
+def _float(operation: str, to: int, a: int, b: int = 0, c: int = 0) -> dict[str, int | str]:
+    return {"operation": operation, "type": "fp32", "to": to, "a": a, "b": b, "c": c}
+
+
+# Outputs (re, im) in turn, by counter 0, from vectors re, im and factors.
+_JOIN = [
+    {"operation": "pass", "type": "int32", "a_from": "counter", "a": 0, "to": 8},
+    _float("select", 0, 1, 0, c=8),
+]
+_MULTIPLY = [
+    _JOIN[0],
+    _float("select", 9, 3, 2, c=8),
+    _float("select", 10, 2, 3, c=8),
+    _float("multiply", 9, 0, 9),
+    _float("multiply", 10, 1, 10),
+    _float("add", 11, 9, 10),
+    _float("subtract", 12, 9, 10),
+    _float("select", 0, 11, 12, c=8),
+]
+
+
+@dataclass
+class _Building:
+    """A section that grows, with its arguments and resident words."""
+
+    section: Section
+    shape: _Shape
+    arguments: dict[int, int] = field(default_factory=dict)
+    resident: dict[str, Words] = field(default_factory=dict)
+
+    def argument(self, address: int) -> int:
+        for index, known in self.arguments.items():
+            if known == address:
+                return index
+        self.arguments[len(self.arguments)] = address
+        return len(self.arguments) - 1
+
+    def kernel(self) -> Kernel:
+        return Kernel(self.section, self.arguments, self.resident)
+
+    def constant(self, name: str, words: Words, loops: Sequence[tuple[int, int]], tag: str) -> None:
+        """A PMU that gives what it holds."""
+        self.resident[name] = words
+        self.section.pmu(name, tag=tag, enable=2, words=len(words), **_loops(loops, "read_"))
+
+    def matrices(self, name: str, step: Step, tag: str, address: int | None) -> None:
+        """The operands of the array's rows, for the PCUs of real and of imaginary parts; from HBM if at an address."""
+        s, radix = self.section, self.shape.radix
+        tiles, turns = self.shape.passes(step)
+        rows = 2 * radix
+        loops = [(rows, radix), (tiles * turns, 0)]
+        for k, part in enumerate(("re", "im")):
+            unit = f"{name}.f_{part}"
+            if address is None:
+                self.constant(unit, _operands(radix, step.inverse)[k], loops, tag)
+                continue
+            s.pmu(
+                unit, tag=tag, enable=3, words=rows * radix, write_count0=rows, write_stride0=radix, write_signal=1,
+                write_signal_level=LEVELS, read_wait=1, read_wait_level=LEVELS, **_loops(loops, "read_"),
+            )  # fmt: skip
+            s.token(f"{unit}.write", 0, f"{unit}.read", 0)
+            at = address + k * rows * radix * ELEMENT
+            self.load(f"{unit}.load", at, [(rows, radix * ELEMENT)])
+            s.stream(f"{unit}.load", unit)
+
+    def load(self, name: str, address: int, loops: Sequence[tuple[int, int]], **more: int) -> None:
+        """An AGCU that reads vectors from HBM."""
+        self.section.agcu(
+            name, tag="load", direction="load", tier="hbm", argument=self.argument(address), words=self.shape.radix,
+            format="bf16", **_loops(loops), **more,
+        )  # fmt: skip
+
+    def store(self, name: str, address: int, loops: Sequence[tuple[int, int]]) -> None:
+        """An AGCU that writes them, and signals its end."""
+        self.section.agcu(
+            name, tag="store", direction="store", tier="hbm", argument=self.argument(address),
+            words=self.shape.radix, format="bf16", **_loops(loops), signal=1, signal_level=LEVELS,
+        )  # fmt: skip
+
+    def signal(self, name: str, reader: Step, *, tag: str, low: int = 0, **write: int) -> None:
+        """A PMU that holds a lane's signal: all is written, then all is read."""
+        sh, p = self.shape, self.section.params
+        banks = p.banks.bit_length() - 1
+        line = sh.line.bit_length() - 1
+        self.section.pmu(
+            name,
+            tag=tag,
+            enable=3,
+            low=low,
+            words=sh.words,
+            skew_bits=min(banks, line),
+            skew_shift=max(banks, line),
+            **write,
+            **_loops(sh.reads(reader), "read_"),
+            read_base=low,
+            read_lane_stride=sh.line,
+            write_signal=1,
+            write_signal_level=LEVELS,
+            read_wait=1,
+            read_wait_level=LEVELS,
+        )
+        self.section.token(f"{name}.write", 0, f"{name}.read", 0)
+
+    def stage(self, name: str, lane: int, step: Step, factors: Words | None, source: str, tag: str) -> str:
+        """The PCUs of one stage in one lane; returns the one that gives the results."""
+        s, sh = self.section, self.shape
+        tiles, turns = sh.passes(step)
+        for part in ("re", "im"):
+            s.pcu(
+                f"{name}.{part}@{lane}",
+                tag=tag,
+                mode="systolic",
+                vectors=3,
+                fold="add",
+                fold_level=1,
+                send_vector=1,
+                count0=2 * sh.radix,
+                count1=tiles * turns,
+            )
+        s.stream(source, *((f"{name}.{part}@{lane}", 1) for part in ("re", "im")))
+        out = f"{name}.out@{lane}"
+        inputs = 2 if factors is None else 4
+        s.pcu(
+            out,
+            tag=tag,
+            mode="simd",
+            vectors=(1 << inputs) - 1,
+            **{f"vector{i}_level": 1 for i in range(inputs)},
+            stages=_JOIN if factors is None else _MULTIPLY,
+            round=1,
+            send_vector=1,
+            count0=2,
+            count1=sh.packets(step),
+        )
+        rate = min(1.0, sh.columns / (2 * sh.radix))
+        for i, part in enumerate(("re", "im")):
+            s.stream(f"{name}.{part}@{lane}", (out, i), rate=rate)
+            if factors is not None:
+                across = sh.points if step.read == "vector" else sh.points // sh.radix
+                loops = [(tiles * sh.columns, sh.radix), (turns, across * sh.radix)]
+                beyond = np.zeros((tiles * sh.columns - across) * sh.radix, np.uint32)
+                table = f"{name}.w_{part}@{lane}"
+                self.constant(table, np.concatenate([factors[i].reshape(-1), beyond]), loops, tag)
+                s.stream(table, (out, 2 + i), rate=rate)
+        return out
+
+    def barrier(self, name: str, sources: Sequence[str], sinks: Sequence[str]) -> None:
+        """No sink starts before every source has signalled its end."""
+        while len(sources) > 1:
+            joined = []
+            for k in range(0, len(sources), TOKENS):
+                part = sources[k : k + TOKENS]
+                unit = f"{name}.{len(sources)}.{k // TOKENS}"
+                self.section.pcu(
+                    unit, tag=name, mode="simd", wait=(1 << len(part)) - 1, wait_level=LEVELS, signal=1,
+                    signal_level=LEVELS,
+                )  # fmt: skip
+                for i, source in enumerate(part):
+                    self.section.token(source, 0, unit, i)
+                joined.append(unit)
+            sources = joined
+        for sink in sinks:
+            self.section.token(sources[0], 0, sink, 0)
+
+    def group(
+        self,
+        name: str,
+        lane_digit: int,
+        layout: Layout,
+        source: Source,
+        steps: Sequence[Step],
+        target: int,
+        share: int,
+        waits: Sequence[str] = (),
+        matrices: int | None = None,
+    ) -> tuple[Layout, list[str]]:
+        """Stages in every lane, from `source` to `target`; returns the layout there, and the AGCUs that store."""
+        s, sh = self.section, self.shape
+        for k, step in enumerate(steps):
+            self.matrices(f"{name}.{k}", step, _tag(step), matrices)
+        loads, stores = [], []
+        packet = sh.radix * ELEMENT
+        for u in range(sh.radix):
+            at, held = layout, f"{name}.x@{u}"
+            count = share * 2 * sh.points
+            self.signal(
+                held, steps[0], tag="load", low=u % share * sh.words, write_count0=count, write_stride0=sh.radix
+            )
+            if u % share == 0:
+                load = f"{name}.load@{u}"
+                self.load(
+                    load,
+                    source.address + u * source.lane_bytes,
+                    [(2, packet), *source.loops, (share, source.lane_bytes)],
+                    **({"wait": 1, "wait_level": LEVELS} if waits else {}),
+                )
+                loads.append(load)
+            for k, step in enumerate(steps):
+                tag = _tag(step)
+                order = _packet_order(at, step)
+                factors = None
+                if step.factors is not None:
+                    factors = [_lane(part, lane_digit, u, order).view(np.uint32) for part in step.factors]
+                out = self.stage(f"{name}.{k}", u, step, factors, held, tag)
+                at = _after(at, step)
+                if k + 1 < len(steps):
+                    held = f"{name}.{k}.x@{u}"
+                    self.signal(held, steps[k + 1], tag=tag, **_loops(sh.writes(step), "write_"))
+                    s.stream(out, (held, 0))
+            store = f"{name}.store@{u}"
+            at_bytes = [(count, stride * ELEMENT) for count, stride in sh.writes(steps[-1])]
+            self.store(store, target + u * sh.lane_bytes, at_bytes)
+            s.stream(out, (store, 0))
+            stores.append(store)
+        for load, u in zip(loads, range(0, sh.radix, share), strict=True):
+            s.stream(load, *((f"{name}.x@{v}", 0) for v in range(u, u + share)))
+        for k in range(len(steps)):
+            for part in ("re", "im"):
+                s.stream(f"{name}.{k}.f_{part}", *((f"{name}.{k}.{part}@{u}", 0) for u in range(sh.radix)))
+        if waits:
+            self.barrier(f"{name}.barrier", waits, loads)
+        return at, stores
+
+
+def _operands(radix: int, inverse: bool) -> list[Words]:
+    """Matrix operands by ascending digit, real parts first, for the real and for the imaginary part of the result."""
+    f = monarch.matrix(radix, inverse)
+    return [np.concatenate(rows).reshape(-1).view(np.uint32) for rows in ((f.re, -f.im), (f.im, f.re))]
+
+
+def _tag(step: Step) -> str:
+    return f"{'inverse' if step.inverse else 'forward'} {step.digit}"
+
+
+def _after(layout: Layout, step: Step) -> Layout:
+    first, *rest, inside = layout
+    if step.read == "vector":
+        return layout
+    return (*rest, inside, first) if step.write == "fast" else (inside, *rest, first)
+
+
+def _packet_order(layout: Layout, step: Step) -> Layout:
+    """Digits of the points in the order in which results leave, and the digit within them."""
+    first, *rest, inside = layout
+    return layout if step.read == "vector" else (inside, *rest, first)
+
+
+def _lane(values: NDArray[np.float32], lane_digit: int, lane: int, order: Layout) -> NDArray[np.float32]:
+    """The values of one lane, an axis for each digit of `order`."""
+    axes = [d for d in range(1, values.ndim + 1) if d != lane_digit]
+    part = np.take(values, lane, axis=lane_digit - 1)
+    return np.ascontiguousarray(part.transpose([axes.index(d) for d in order]), np.float32)
+
+
+# ---- the convolution ----------------------------------------------------------------------------------
+
+
+def _check(p: RduParams, order: int) -> None:
+    if not p.systolic:
+        raise UserError("a Fourier convolution needs pcu.systolic: its transforms are matrix products")
+    if not 3 <= order <= LEVELS:
+        raise UserError(f"order must be in 3..{LEVELS}, not {order}")
+    if p.stages < len(_MULTIPLY):
+        raise UserError(f"pcu.stages {p.stages}: a complex product takes {len(_MULTIPLY)}")
+    shape = _Shape.of(p, order)
+    if shape.words > p.banks * p.bank_words:
+        raise UserError(f"a lane's signal has {shape.words} words; a PMU holds {p.banks * p.bank_words}")
+
+
+class _Group(NamedTuple):
+    """Stages between two transfers: the digit that cuts the lanes, the layout, and packets of a lane when loaded."""
+
+    lane_digit: int
+    layout: Layout
+    lane_bytes: int
+    loops: Sequence[tuple[int, int]]
+    steps: Sequence[Step]
+
+
+def _groups(sh: _Shape, spectrum: Pair) -> tuple[_Group, _Group, _Group]:
+    radix, last = sh.radix, spectrum.re.ndim
+    line = sh.line * ELEMENT
+    across = radix ** (last - 3)
+
+    def back(digit: int) -> Pair | None:
+        return monarch.twiddles(radix, last, digit - 1, inverse=True) if digit > 1 else None
+
+    forward = [Step(d, False, monarch.twiddles(radix, last, d)) for d in range(1, last)]
+    # Lanes by digit 1, the slowest of each old lane; behind the old lane those between, the fastest now slowest.
+    between = [(radix, line * radix ** (last - 2 - d)) for d in range(2, last - 1)]
+    middle = [
+        Step(last, False, spectrum, write="slow"),
+        Step(last, True, back(last), read="vector", write=""),
+        *(Step(d, True, back(d)) for d in range(last - 1, 1, -1)),
+    ]
+    return (
+        _Group(last, tuple(range(1, last)), sh.words * ELEMENT, [(sh.points, line)], forward),
+        _Group(
+            1, (last, *range(last - 2, 1, -1), last - 1), line * across, [*between, (radix, sh.lane_bytes)], middle
+        ),
+        _Group(
+            last, (1, *range(last - 1, 1, -1)), line * across, [(across, line), (radix, sh.lane_bytes)],
+            [Step(1, True, back(1))],
+        ),
+    )  # fmt: skip
+
+
+def _share(p: RduParams, lanes: int, groups: int, others: int) -> int:
+    """How many lanes must share an AGCU that loads, so that those of all groups are enough."""
+    gates = 2 * p.agcus_per_side
+    shares = [1 << n for n in range(lanes.bit_length()) if groups * (lanes + (lanes >> n)) + others <= gates]
+    if not shares:
+        raise UserError(f"{lanes} lanes need {groups * (lanes + 1) + others} AGCUs; there are {gates}")
+    return shares[0]
+
+
+def fft_convolution(params: RduParams, spectrum: Pair) -> Convolution:
+    """The circular convolution of a signal of radix ** order points, radix being the lanes of a vector, as one kernel.
+
+    `spectrum`: of the convolution kernel, as `workloads.monarch.spectrum` gives it. Raises UserError for what does not
+    fit the machine: a lane of the signal in a PMU, a complex product in a PCU.
+    """
+    p, order = params, spectrum.re.ndim
+    _check(p, order)
+    sh = _Shape.of(p, order)
+    share = _share(p, sh.radix, 3, 0)
+    b = _Building(Section(p, "FFT convolution"), sh)
+    region = sh.radix * sh.lane_bytes
+    groups = _groups(sh, spectrum)
+    stores: list[str] = []
+    for i, g in enumerate(groups):
+        source = Source(i * region, g.lane_bytes, g.loops)
+        at, stores = b.group(
+            "abc"[i], g.lane_digit, g.layout, source, g.steps, (i + 1) * region, share, stores
+        )
+    digits = tuple((g.lane_digit, *d) for g, d in ((groups[0], groups[0].layout), (groups[-1], at)))
+    return Convolution(p, order, [b.kernel()], 0, digits[0], 3 * region, digits[1], {}, 4 * region)
+
+
+def unfused_convolution(params: RduParams, spectrum: Pair) -> Convolution:
+    """The same operators, each a kernel of its own: transforms, and products with twiddles or spectrum.
+
+    Signals and constants are in HBM, as bfloat16, so that results are rounded once more than in one kernel.
+    Transpositions are the strides of loads and stores, and take no kernels.
+    """
+    p, order = params, spectrum.re.ndim
+    _check(p, order)
+    sh = _Shape.of(p, order)
+    share = _share(p, sh.radix, 1, 2)
+    region = sh.radix * sh.lane_bytes
+    constants: dict[int, Words] = {}
+    size = 0
+
+    def allot(count: int) -> int:
+        nonlocal size
+        size += count
+        return size - count
+
+    held = allot(region)
+    matrices = {}
+    for inverse in (False, True):
+        words = np.concatenate(_operands(sh.radix, inverse))
+        matrices[inverse] = allot(len(words) * ELEMENT)
+        constants[matrices[inverse]] = words
+    kernels = []
+    groups = _groups(sh, spectrum)
+    for g in groups:
+        at, source = g.layout, Source(held, g.lane_bytes, g.loops)
+        for step in g.steps:
+            b = _Building(Section(p, _tag(step)), sh)
+            held = allot(region)
+            plain = step._replace(factors=None)
+            at, _ = b.group(
+                "a", g.lane_digit, at, source, [plain], held, share, matrices=matrices[step.inverse]
+            )
+            kernels.append(b.kernel())
+            if step.factors is not None:
+                table, source_at = allot(region), held
+                held = allot(region)
+                constants[table] = _table(sh, step.factors, g.lane_digit, at)
+                kernels.append(_product(p, sh, f"product {_tag(step)}", source_at, table, held))
+            source = Source(held, sh.lane_bytes, [(sh.points, sh.line * ELEMENT)])
+    last = groups[-1]
+    return Convolution(
+        p, order, kernels, 0, (groups[0].lane_digit, *groups[0].layout), held, (last.lane_digit, *at), constants, size
+    )  # fmt: skip
+
+
+def _table(sh: _Shape, factors: Pair, lane_digit: int, layout: Layout) -> Words:
+    """Factors off chip, laid out as a signal, lane by lane."""
+    out = np.zeros((sh.radix, sh.lane_bytes // ELEMENT), np.float32)
+    for u in range(sh.radix):
+        parts = [_lane(part, lane_digit, u, layout) for part in factors]
+        out[u, : sh.words] = monarch.bf16(np.stack(parts, axis=-2)).reshape(-1)
+    return out.view(np.uint32)
+
+
+def _product(p: RduParams, sh: _Shape, name: str, source: int, table: int, target: int) -> Kernel:
+    """A kernel that multiplies a signal by factors, point by point."""
+    b = _Building(Section(p, name), sh)
+    s = b.section
+    radix, packet = sh.radix, sh.radix * ELEMENT
+    vectors = sh.lane_bytes // packet
+    for u in range(radix):
+        out = f"out@{u}"
+        s.pcu(
+            out, tag=name, mode="simd", vectors=15, **{f"vector{i}_level": 1 for i in range(4)}, stages=_MULTIPLY,
+            round=1, count0=2, count1=vectors // 2,
+        )  # fmt: skip
+        for i, (what, address) in enumerate((("z", source), ("w", table))):
+            load = f"load_{what}@{u}"
+            b.load(load, address + u * sh.lane_bytes, [(vectors, packet)])
+            parts = [f"{what}_{part}@{u}" for part in ("re", "im")]
+            for k, part in enumerate(parts):
+                # The vectors of the other part fall out of range.
+                away = (1 << ADDRESS_BITS - 1, -(1 << ADDRESS_BITS - 1))[k]
+                buffer(
+                    s, part, size=radix * radix, tiles=vectors // (2 * radix), tag=name,
+                    write=[(2, away), (radix, radix)], read=[(radix, radix)], base=k << ADDRESS_BITS - 1,
+                )  # fmt: skip
+                s.stream(part, (out, 2 * i + k), rate=0.5)
+            s.stream(load, *parts)
+        store = f"store@{u}"
+        b.store(store, target + u * sh.lane_bytes, [(vectors, packet)])
+        s.stream(out, store)
+    return b.kernel()

@@ -159,7 +159,7 @@ class Pipeline:
             self.arguments.append(region)
         return self.arguments.index(region)
 
-    def _chain(self, name: str, prefix: str, loops: Sequence[tuple[int, int]], ring: int = _RING) -> dict[str, int]:
+    def chain(self, name: str, prefix: str, loops: Sequence[tuple[int, int]], ring: int = _RING) -> dict[str, int]:
         """Counts and strides of nested loops, the innermost first."""
         kept = list(loops)
         if len(kept) > LEVELS:
@@ -186,14 +186,14 @@ class Pipeline:
         names = []
         for g in range(self.groups):
             loops = [(columns, column), (self.blocks, self.groups * pitch)]
-            names.append(self._gate(f"{name}.{g}", tag, "load", tier, tensor, offset + g * pitch, loops))
+            names.append(self.gate(f"{name}.{g}", tag, "load", tier, tensor, offset + g * pitch, loops))
         return Flow(columns, tuple((n,) for n in names), columns)
 
-    def _gate(
+    def gate(
         self, name: str, tag: str, direction: str, tier: str, tensor: str, offset: int,
         loops: Sequence[tuple[int, int]], words: int | None = None, level: int | None = None,
     ) -> str:  # fmt: skip
-        fields = self._chain(name, "", loops, 0)
+        fields = self.chain(name, "", loops, 0)
         level = len(loops) - 1 if level is None else level
         self.unit(
             name, "agcu", tag, direction=direction, tier=tier, argument=self.argument(tensor, offset),
@@ -210,7 +210,7 @@ class Pipeline:
         names = []
         for g in range(self.groups):
             loops = [(flow.columns, step), (self.blocks, self.groups * pitch)]
-            unit = self._gate(f"{name}.{g}", tag, "store", tier, tensor, offset + g * pitch, loops)
+            unit = self.gate(f"{name}.{g}", tag, "store", tier, tensor, offset + g * pitch, loops)
             self.feed(flow.sources[g][0], unit)
             names.append(unit)
         return tuple(names)
@@ -261,10 +261,10 @@ class Pipeline:
         for g in range(self.groups):
             unit = self.unit(
                 f"{name}.{g}", "pmu", tag, enable=3, low=part[0] * span, words=span, **bits,
-                **self._chain(name, "write_", write), sequence_scale=lanes if flow.merged else 0,
+                **self.chain(name, "write_", write), sequence_scale=lanes if flow.merged else 0,
                 write_wait_level=len(write) - len(self._rounds()),
                 write_signal_level=len(write) - len(self._rounds()),
-                **self._chain(name, "read_", [*inner, *self._rounds(slot)]),
+                **self.chain(name, "read_", [*inner, *self._rounds(slot)]),
                 read_base=part[0] * span + first * scale, read_lane_stride=0 if spread else 1,
                 read_wait_level=len(inner), read_signal_level=len(inner),
             )  # fmt: skip
@@ -353,7 +353,7 @@ class Pipeline:
         offset = 0
         for i, share in enumerate(shares):
             packets = sum(ceil_div(words, lanes) for _, words, _ in share)
-            gate = self._gate(
+            gate = self.gate(
                 f"{name}.load{i}", tag, "load", "hbm", tensor, offset, [(packets, lanes * BF16_BYTES)]
             )
             starts = accumulate((ceil_div(words, lanes) * lanes for _, words, _ in share), initial=0)
@@ -363,7 +363,7 @@ class Pipeline:
                     raise UserError(f"unit {unit}: {held} words exceed the {self.capacity} of a PMU")
                 self.unit(
                     unit, "pmu", tag, enable=3, low=low, words=held,
-                    **self._chain(unit, "write_", [(packets, lanes)]), write_signal_level=LEVELS,
+                    **self.chain(unit, "write_", [(packets, lanes)]), write_signal_level=LEVELS,
                     **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
                 )  # fmt: skip
                 self.wire(f"{unit}.write", f"{unit}.read")
@@ -378,7 +378,7 @@ class Pipeline:
         """
         c = self.p.stages
         names = [f"{name}.w{j}" for j in range(units)]
-        fields = self._chain(name, "read_", [(depth, c), (strips, depth * c), (self.blocks, 0)])
+        fields = self.chain(name, "read_", [(depth, c), (strips, depth * c), (self.blocks, 0)])
         words = depth * strips * c
         share = ceil_div(units, gates)
         self.resident(
@@ -387,19 +387,19 @@ class Pipeline:
         )  # fmt: skip
         return names
 
-    def broadcast(self, name: str, tag: str, tensor: str, length: int) -> Flow:
+    def broadcast(self, name: str, tag: str, tensor: str, length: int, *, offset: int = 0) -> Flow:
         """A vector of a word for each column (a gain, say), given to all lanes, once a block; a unit for each group."""
         names = [f"{name}.{g}" for g in range(self.groups)]
-        fields = self._chain(name, "read_", [(length, 1), (self.blocks, 0)]) | {"read_lane_stride": 0}
+        fields = self.chain(name, "read_", [(length, 1), (self.blocks, 0)]) | {"read_lane_stride": 0}
         lanes = self.p.lanes
-        gate = self._gate(
-            f"{name}.load", tag, "load", "hbm", tensor, 0, [(ceil_div(length, lanes), lanes * BF16_BYTES)]
+        gate = self.gate(
+            f"{name}.load", tag, "load", "hbm", tensor, offset, [(ceil_div(length, lanes), lanes * BF16_BYTES)]
         )
         held = ceil_div(length, lanes) * lanes
         for unit in names:
             self.unit(
                 unit, "pmu", tag, enable=3, words=held,
-                **self._chain(unit, "write_", [(held // lanes, lanes)]), write_signal_level=LEVELS,
+                **self.chain(unit, "write_", [(held // lanes, lanes)]), write_signal_level=LEVELS,
                 **fields, read_wait_level=LEVELS,
             )  # fmt: skip
             self.wire(f"{unit}.write", f"{unit}.read")

@@ -244,9 +244,7 @@ class Agcu(wiring.Component):
             for k in range(p.lanes):
                 word = aligned.word_select(k, WORD_BITS)
                 upper = Cat(Const(0, BF16.width), aligned.word_select(k, BF16.width))
-                m.d.sync += packet.word_select(k, WORD_BITS).eq(
-                    Mux(c.words > k, Mux(half, upper, word), 0)
-                )
+                m.d.sync += packet.word_select(k, WORD_BITS).eq(Mux(c.words > k, Mux(half, upper, word), 0))
         m.d.sync += Assert(~(moves & head.fresh & ~lines.o.valid), "a line is not there in time")
         with m.If(self.start):
             m.d.sync += sequence.eq(c.sequence)

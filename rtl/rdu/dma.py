@@ -131,13 +131,14 @@ class Dma(wiring.Component):
             move.clear.eq(self.start | (lead != 0)),
             move.lines.eq(Mux(self.start, o.lines, lines)),
         ]
-        writes = Signal()
+        writes, moves = Signal(), Signal()
         m.d.comb += [
-            self.reads.eq(Mux(move.beat, self._mask(move.count), 0)),
+            moves.eq(move.beat & (lead == 0)),
+            self.reads.eq(Mux(moves, self._mask(move.count), 0)),
             self.writes.eq(Mux(writes, self._mask(self.moved), 0)),
             self.finished.eq(self.active & (lead == 0) & (move.left == 0) & ~writes),
         ]
-        m.d.sync += [writes.eq(move.beat), self.moved.eq(Mux(move.beat, move.count, 0))]
+        m.d.sync += [writes.eq(moves), self.moved.eq(Mux(moves, move.count, 0))]
         with m.If(self.start):
             m.d.sync += [
                 self.active.eq(1),
@@ -151,7 +152,7 @@ class Dma(wiring.Component):
         with m.Else():
             with m.If(lead != 0):
                 m.d.sync += lead.eq(lead - 1)
-            with m.If(move.beat):
+            with m.If(moves):
                 m.d.sync += self.read_line.eq(self.read_line + move.count)
             m.d.sync += self.write_line.eq(self.write_line + self.moved)
             with m.If(self.finished):

@@ -118,7 +118,7 @@ def _job(case: Case, depth: int, max_ticks: int) -> Job:
     memories = _memories(p, case.image)
     size = -(-host.CONFIG_BITS // 8)
     bits = np.frombuffer(b"".join(word.to_bytes(size, "little") for word in words), np.uint8)
-    loads = {"config": bits.reshape(-1, size), **memories}
+    loads = {"records": bits.reshape(-1, size), **memories}
     return Job(
         writes=[
             (layout.base(name), layout.pack(name, values))

@@ -35,7 +35,7 @@ __all__ = ["Top"]
 class Top(wiring.Component):
     """A grid of units, its networks, AGCUs and memories, sequencer and DMA.
 
-    Black boxes: `config`, the configuration memory; `pmu_<x>_<y>.unit.unit.bank_<b>`; and `hbm`, `ddr` and `remote`,
+    Black boxes: `records`, the configuration memory; `pmu_<x>_<y>.unit.unit.bank_<b>`; and `hbm`, `ddr` and `remote`,
     as far as the params give them lines. Each memory has a port for every channel, then one for every line of the DMA's
     beat.
 
@@ -180,7 +180,7 @@ class Top(wiring.Component):
             m.d.comb += port.addr.eq(index)
             return port.data
 
-        m.submodules.config = config = BlackBoxMemory(width=CONFIG_BITS, depth=self._depth)
+        m.submodules.records = config = BlackBoxMemory(width=CONFIG_BITS, depth=self._depth)
         bus = ConfigBus.create(path=("bus",))
         m.d.comb += [
             # Behind the last record nothing is read: the address may lie beyond the memory.

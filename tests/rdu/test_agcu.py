@@ -120,7 +120,13 @@ def load(cfg, base=0, seed=0, **more):
     sets = {k: more.pop(k) for k in ("works", "in_flight", "latency") if k in more}
     memory = Memory(image(seed))
     done = run(
-        gate(**sets), {"config": cfg, "base": base}, {}, ["load"], activities=[ACTIVITY], every=memory.tick, **more
+        gate(**sets),
+        {"config": cfg, "base": base},
+        {},
+        ["load"],
+        activities=[ACTIVITY],
+        every=memory.tick,
+        **more,
     )
     want = kernels.agcu_load(cfg, {cfg["argument"]: base}, memory.image, LANES)
     rows = zip(want.data, want.sequence, want.last, strict=True)
@@ -135,10 +141,18 @@ def store(cfg, rows, base=0, seed=0, **more):
     memory, want = Memory(image(seed)), image(seed)
     feeds = {"store": [packet(row) for row in rows]}
     done = run(
-        gate(**sets), {"config": cfg, "base": base}, feeds, [], activities=[ACTIVITY], every=memory.tick, **more
+        gate(**sets),
+        {"config": cfg, "base": base},
+        feeds,
+        [],
+        activities=[ACTIVITY],
+        every=memory.tick,
+        **more,
     )
     zeros = np.zeros(len(rows), int)
-    kernels.agcu_store(cfg, {cfg["argument"]: base}, want, kernels.Packets(np.array(rows, np.uint32), zeros, zeros))
+    kernels.agcu_store(
+        cfg, {cfg["argument"]: base}, want, kernels.Packets(np.array(rows, np.uint32), zeros, zeros)
+    )
     assert memory.image.tolist() == want.tolist()
     assert len(memory.grants) == len(kernels.agcu_requests(cfg, {cfg["argument"]: base}, LANES))
     return done, memory.grants
@@ -172,7 +186,9 @@ def test_a_channel_works_p_in_q_ticks(works):
     assert set(waits) == {cause("memory")}
 
 
-@pytest.mark.parametrize("words, form, iterations, requests", [(1, "word", 8, 2), (2, "bf16", 8, 2), (4, "word", 8, 8)])
+@pytest.mark.parametrize(
+    "words, form, iterations, requests", [(1, "word", 8, 2), (2, "bf16", 8, 2), (4, "word", 8, 8)]
+)
 def test_iterations_in_one_line_share_its_request(words, form, iterations, requests):
     # 8 * 1 * 4 = 8 * 2 * 2 = 32 bytes are 2 lines of 16, 8 * 4 * 4 = 128 are 8.
     cfg = config(words=words, format=form, count0=iterations, stride0=words * (4 if form == "word" else 2))
@@ -207,6 +223,15 @@ def test_a_stopped_output_is_charged_when_nothing_can_be_taken():
     assert done.at("load")[:8] == list(range(20, 28))
 
 
+def test_a_stopped_output_is_not_charged_for_a_token_that_is_missing():
+    # The packet of tick 0 stands at the output from 9 on; there is room for more, but no token until tick 15.
+    cfg = config(count0=2, stride0=LINE, wait=1, hold0=1)
+    done, grants = load(cfg, accept=lambda name, t: t >= 20, tokens={"tokens": {15: 1}})
+    assert grants == [0, 16]
+    assert done.activity[ACTIVITY][1:16] == [cause("token")] * 15
+    assert done.activity[ACTIVITY][17:20] == [cause("output")] * 3
+
+
 def test_a_load_that_takes_tokens_reads_again():
     # One line, four times; a token for every second one, for which it is read again.
     cfg = config(count0=2, count1=2, wait=1, wait_level=1, hold0=1, signal=2, signal_level=1)
@@ -222,11 +247,18 @@ def test_strides_may_be_negative():
 
 def test_a_second_run_begins_anew():
     memory = Memory(image())
-    cfg = config(count0=3, stride0=4, words=1, sequence=5)
+    cfg = config(count0=2, stride0=4, words=1, sequence=5)  # ends in the line in which it begins
     first, second = run(
-        gate(works=(1, 3)), {"config": cfg, "base": 8}, {}, ["load"], activities=[ACTIVITY], every=memory.tick, runs=2
+        gate(works=(1, 3)),
+        {"config": cfg, "base": 8},
+        {},
+        ["load"],
+        activities=[ACTIVITY],
+        every=memory.tick,
+        runs=2,
     )
     assert first.packets == second.packets and first.activity == second.activity
+    assert memory.grants == [0, 0]
 
 
 # ---- stores -------------------------------------------------------------------------------------------
@@ -287,7 +319,8 @@ def test_the_buffer_is_written_before_the_next_packet_is_there():
 
 
 @pytest.mark.parametrize(
-    "base, fields", [(2, {"words": 1}), (8, {"words": 3}), (1, {"words": 1, "format": "bf16"}), (0, {"words": 0})]
+    "base, fields",
+    [(2, {"words": 1}), (8, {"words": 3}), (1, {"words": 1, "format": "bf16"}), (0, {"words": 0})],
 )
 def test_elements_that_are_not_in_a_line_are_refused(base, fields):
     cfg = config(**fields)

@@ -63,7 +63,16 @@ def test_tokens_held_at_the_start_are_credits(held):
 
 def test_a_double_buffer_runs_two_ahead():
     # Two credits, and one back six ticks behind: at 7, counting from 8; that of input 2 is held for all.
-    fields = {"count0": 2, "count1": 4, "wait": 5, "wait_level": 1, "hold0": 2, "hold2": 4, "signal": 1, "signal_level": 1}
+    fields = {
+        "count0": 2,
+        "count1": 4,
+        "wait": 5,
+        "wait_level": 1,
+        "hold0": 2,
+        "hold2": 4,
+        "signal": 1,
+        "signal_level": 1,
+    }
     seen, _ = run(12, tokens={7: 1, 8: 1}, **fields)
     assert [t for t, (flags, _) in enumerate(seen) if flags == "step"] == [0, 1, 2, 3, 8, 9, 10, 11]
     assert [t for t, (_, signal) in enumerate(seen) if signal] == [1, 3, 9, 11]

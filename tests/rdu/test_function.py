@@ -20,7 +20,9 @@ def f32(*values):
 
 
 # Around the ends of the exponential's range, of the reciprocal's, and of its argument's rounding.
-EDGES = f32(88.7, 88.8, -87.3, -87.4, -104, 177.4, -177.5, 2.0**126, 1.9999999 * 2.0**125, 3e8, -3e8, 0.34657359)
+EDGES = f32(
+    88.7, 88.8, -87.3, -87.4, -104, 177.4, -177.5, 2.0**126, 1.9999999 * 2.0**125, 3e8, -3e8, 0.34657359
+)
 
 
 def arguments(count):

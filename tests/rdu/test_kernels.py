@@ -14,7 +14,7 @@ from tests.workloads.test_reference_rules import offences
 from tilewright.arch import rdu
 from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
-from tilewright.arch.rdu import CONFIG_PCU, CONFIG_PMU, CONFIG_STAGE, systolic_fill
+from tilewright.arch.rdu import CONFIG_AGCU, CONFIG_PCU, CONFIG_PMU, CONFIG_STAGE, systolic_fill
 from tilewright.workloads import rdu_kernels as kernels
 
 WORD = st.integers(0, 2**32 - 1)
@@ -128,6 +128,43 @@ def test_a_chain_counts_level_0_first(counts):
             )
 
 
+def test_a_gate_multiplies_behind_the_function_and_before_rounding():
+    # 1/4 * 3 = 0.75; 1/3 is rounded only after * 3; seven terms and three iterations come close to both.
+    cfg = pcu_config(vectors=3, function="reciprocal", gated=1, gate=1, round=1, result=0)
+    passes = [kernels.configuration(CONFIG_STAGE)]
+    out = kernels.pcu(cfg, passes, [[f32(4, 3)], [f32(3, 3)]], lanes=2, counts=small())
+    assert value(out.data).tolist() == [[0.75, 1.0]]
+
+
+def test_silu_is_a_gated_sigmoid():
+    # x / (1 + e**-x): 0 for 0 and for what is far below, x far above.
+    cfg = pcu_config(function="sigmoid", gated=1)
+    out = kernels.pcu(
+        cfg, [kernels.configuration(CONFIG_STAGE)], [[f32(0, 40, -200, 1)]], lanes=4, counts=small()
+    )
+    np.testing.assert_allclose(value(out.data)[0], [0, 40, 0, 0.7310586], rtol=1e-6, atol=0)
+
+
+def test_columns_of_the_array_pass_the_function():
+    # exp(1 * 0) = 1 and exp(2 * 0) = 1, column by column.
+    cfg = pcu_config(mode="systolic", vectors=3, fold_level=1, function="exp")
+    out = kernels.pcu(
+        cfg, [kernels.configuration(CONFIG_STAGE)] * 2, [[f32(1, 2)], [f32(0, 0)]], lanes=2, counts=small()
+    )
+    assert value(out.data).tolist() == [[1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize("fields", [{"fold": "add"}, {"tree": "add"}, {"mode": "systolic"}])
+def test_a_gate_has_no_register_behind_reductions(fields):
+    with pytest.raises(ValueError, match="a gate goes with SIMD mode without fold and tree"):
+        kernels.pcu(pcu_config(gated=1, **fields), [], [[f32(1, 2)]], lanes=2)
+
+
+def test_functions_need_counts():
+    with pytest.raises(ValueError, match="function exp needs counts"):
+        kernels.pcu(pcu_config(function="exp"), [], [[f32(1, 2)]], lanes=2)
+
+
 # ---- memory units -------------------------------------------------------------------------------------
 
 
@@ -170,6 +207,53 @@ def test_the_highest_lane_wins_a_word():
         cfg, memory, kernels.Packets(np.array([[7, 8]], np.uint32), np.zeros(1, int), np.zeros(1, bool))
     )
     assert memory[1, 1] == 8 and np.count_nonzero(memory) == 1
+
+
+# ---- gates to off-chip memory -------------------------------------------------------------------------
+
+
+def agcu_config(**fields):
+    return kernels.configuration(CONFIG_AGCU, **{"direction": "load", "words": 2, **fields})
+
+
+def test_loads_by_hand():
+    # Lines of 2 words, 4 halves: two halves from byte 12, from 8, from 4.
+    memory = np.arange(12, dtype="<u2").view(np.uint8)
+    cfg = agcu_config(format="bf16", count0=3, stride0=-4, argument=3, sequence=7, last_level=1)
+    out = kernels.agcu_load(cfg, {3: 12}, memory, 2)
+    assert out.data.tolist() == [[6 << 16, 7 << 16], [4 << 16, 5 << 16], [2 << 16, 3 << 16]]
+    assert out.sequence.tolist() == [7, 8, 9] and out.last.tolist() == [False, False, True]
+    one = kernels.agcu_load(agcu_config(words=1), [4], memory, 2)
+    assert one.data.tolist() == [[2 | 3 << 16, 0]]
+    with pytest.raises(ValueError, match="2 elements of 4 bytes at address 4 are not in one line of 8 bytes"):
+        kernels.agcu_load(agcu_config(), [4], memory, 2)
+
+
+def test_stores_by_hand():
+    memory = np.full(16, 0xEE, np.uint8)
+    data = np.array([[0x11223344, 0x55667788], [0x99AABBCC, 0]], np.uint32)
+    packets = kernels.Packets(data, np.arange(2), np.zeros(2, bool))
+    kernels.agcu_store(agcu_config(direction="store", words=1, count0=2, stride0=8), [4], memory, packets)
+    assert memory.tobytes().hex() == "eeeeeeee44332211eeeeeeeeccbbaa99"
+    kernels.agcu_store(
+        agcu_config(direction="store", words=1, format="bf16", count0=2, stride0=2), [0], memory, packets
+    )
+    assert memory[:4].tobytes().hex() == "2211aa99"
+
+
+def test_requests_by_hand():
+    # Words 0..5 in lines of two words are lines 0, 0, 1, 1, 2, 2.
+    fields = {"words": 1, "count0": 3, "count1": 2, "stride0": 4, "stride1": 12}
+
+    def requests(**more):
+        return kernels.agcu_requests(agcu_config(**fields, **more), [0], 2).tolist()
+
+    assert requests() == [0, 1, 2]
+    assert requests(wait=1, wait_level=1) == [0, 1, 1, 2]  # tokens before word 3
+    assert requests(signal=1, signal_level=1) == [0, 1, 2]
+    assert requests(direction="store", wait=1, wait_level=1) == [0, 1, 2]
+    assert requests(direction="store", signal=1, signal_level=1) == [0, 1, 1, 2]  # tokens behind word 2
+    assert requests(direction="store", signal=1) == [0, 0, 1, 1, 2, 2]
 
 
 # ---- records and presets ------------------------------------------------------------------------------

@@ -20,7 +20,12 @@ COLUMNS, ROWS, SIDE = 3, 2, 2
 
 @cache
 def network(token):
-    sets = {"grid__columns": COLUMNS, "grid__rows": ROWS, "agcu__per_side": SIDE, "network__token_cycles": token}
+    sets = {
+        "grid__columns": COLUMNS,
+        "grid__rows": ROWS,
+        "agcu__per_side": SIDE,
+        "network__token_cycles": token,
+    }
     return TokenNetwork(params=small(**sets))
 
 
@@ -71,7 +76,9 @@ def test_a_token_takes_as_long_as_its_way(token):
     records = [wire((0, 0), 2, (2, 1), 1), wire((0, 0), 2, (0, 0), 3)]
     got = run(token, records, [(4, "0_0", 2), (5, "0_0", 2), (5, "0_0", 1)], 30)
     far, near = 4 * token, token
-    assert got == sorted([(4 + far, "2_1", 1), (5 + far, "2_1", 1), (4 + near, "0_0", 3), (5 + near, "0_0", 3)])
+    assert got == sorted(
+        [(4 + far, "2_1", 1), (5 + far, "2_1", 1), (4 + near, "0_0", 3), (5 + near, "0_0", 3)]
+    )
 
 
 def test_the_sides_of_a_pmu_and_gates_have_wires_of_their_own():
@@ -85,7 +92,12 @@ def test_the_sides_of_a_pmu_and_gates_have_wires_of_their_own():
     sent = [(6, "1_0", 5), (8, "1_0", 1), (10, "agcu_3", 0), (11, "2_1", 0)]
     got = run(1, records, sent, 20)
     assert got == [(7, "1_0", 1), (9, "1_0", 5), (14, "agcu_0", 2), (15, "0_0", 2)]
-    assert [agcu_place(small(grid__columns=3, agcu__per_side=2), i) for i in range(4)] == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert [agcu_place(small(grid__columns=3, agcu__per_side=2), i) for i in range(4)] == [
+        (0, 0),
+        (0, 1),
+        (2, 0),
+        (2, 1),
+    ]
 
 
 def test_an_input_has_one_source_the_last_one():

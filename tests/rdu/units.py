@@ -38,7 +38,9 @@ def simulate(component, bench):
             await now[0](ctx)
 
         simulator = Simulator(component)
-        if any(hasattr(component, name) for name in ("start", "table_enable", "move")):  # others are combinational
+        if any(
+            hasattr(component, name) for name in ("start", "table_enable", "move")
+        ):  # others are combinational
             simulator.add_clock(1e-6)
         simulator.add_testbench(current)
         _simulators[component] = simulator, now
