@@ -319,7 +319,7 @@ Efficiency = Annotated[Positive, Limits(le=1)]
 class GridSection(Section):
     """Positions of a socket; dies are side by side, each with an equal share of the columns."""
 
-    columns: Annotated[int, Limits(ge=1, le=1 << X_BITS)]
+    columns: Annotated[int, Limits(ge=2, le=1 << X_BITS)]  # so that no switch has AGCUs on both sides
     rows: Annotated[int, Limits(ge=1, le=1 << Y_BITS)]
     dies: Annotated[int, Limits(ge=1, le=4)]
 

@@ -129,8 +129,8 @@ def _operator_table(result: Result) -> Table:
 
     shown = [o for o in result.operators if o.name or _matters(o, result)]
     for i, o in enumerate(shown):
-        add(o.name or "(none)", o, end_section=i == len(shown) - 1)
-    calls = sum(o.calls for o in result.operators)
+        add("  " * o.inside + (o.name or "(none)"), o, end_section=i == len(shown) - 1)
+    calls = sum(o.calls for o in result.operators if not o.inside)
     add("total", Operator("", calls, result.cycles, result.energy_j, ""), style="bold")
     return table
 

@@ -16,7 +16,7 @@ SETS = [
     *("grid.columns=2", "grid.rows=2", "agcu.per_side=1", "agcu.in_flight=8"),
     *("pcu.lanes=4", "pcu.stages=2", "pcu.registers=8", "pcu.vector_inputs=2", "pcu.scalar_inputs=1"),
     *("pcu.systolic=true", "pcu.exp_terms=2", "pcu.reciprocal_iterations=1", "pcu.rsqrt_iterations=1"),
-    *("pmu.banks=4", "pmu.bytes=1024", "network.flows=8", "network.fifo_depth=4"),
+    *("pmu.banks=8", "pmu.bytes=2048", "network.flows=8", "network.fifo_depth=4"),
     *("memory.hbm.bytes=2048", "memory.hbm.gb_per_s=16", "memory.hbm.latency_ns=5"),
     *("memory.ddr.bytes=2048", "memory.ddr.channels=4", "memory.ddr.latency_ns=9"),
     # One beat of two lines in three ticks.
@@ -80,7 +80,7 @@ def to_east(x, y):
 
 
 def stream_section():
-    """AGCU 0 loads lines into the double buffer of PMU (1, 0), PCU (0, 0) gives 2 x + 1, AGCU 1 stores that."""
+    """AGCU 0 loads lines into the double buffer of PMU (1, 0), each half in banks of its own; PCU (0, 0) gives 2 x + 1, AGCU 1 stores that."""
     chain = {"count0": 4, "count1": LINES // 4}
     return {
         "config.pcu": records(
@@ -95,7 +95,7 @@ def stream_section():
         "config.pmu": records(
             "config.pmu",
             {
-                **{"x": 1, "y": 0, "enable": 3, "words": 256, "flow": dynamic_flow(0, 0), "tag": 2},
+                **{"x": 1, "y": 0, "enable": 3, "words": 256, "bank_bit2": 4, "flow": dynamic_flow(0, 0), "tag": 2},
                 **{f"{side}_{name}": n for side in ("write", "read") for name, n in chain.items()},
                 **{f"{side}_stride0": 4 for side in ("write", "read")},
                 **{f"{side}_stride1": 16 for side in ("write", "read")},
@@ -203,10 +203,13 @@ def operands():
     return rng.integers(-8, 8, (4, K)).astype(np.float32), rng.integers(-8, 8, (K, 2)).astype(np.float32)
 
 
-def bank(vectors):
-    """Rows of 4 words over the 4 banks: word k of every row in bank k."""
-    out = np.zeros((4, 64), np.uint32)
-    out[:, : len(vectors)] = np.asarray(vectors, np.float32).view(np.uint32).T
+def scratchpad(vectors, bank_bit2=2):
+    """Words one after the other, as they lie in 8 banks of 64: bits 0, 1 and `bank_bit2` are the bank."""
+    out = np.zeros((8, 64), np.uint32)
+    for address, word in enumerate(np.asarray(vectors, np.float32).view(np.uint32).reshape(-1)):
+        high = address >> bank_bit2 & 1
+        rest = address >> bank_bit2 + 1 << bank_bit2 | address & (1 << bank_bit2) - 1
+        out[high << 2 | address & 3, rest >> 2] = word
     return out
 
 
@@ -214,8 +217,8 @@ def gemm_image(p):
     image = blank(p)
     a, b = operands()
     # PMUs by row: (1, 0), then (0, 1).
-    image["scratch"][0] = bank(a.T)
-    image["scratch"][1] = bank(np.pad(b, ((0, 0), (0, 2))))
+    image["scratch"][0] = scratchpad(a.T)
+    image["scratch"][1] = scratchpad(np.pad(b, ((0, 0), (0, 2))))
     return image
 
 
@@ -290,8 +293,8 @@ def test_a_stream_through_a_double_buffer(outcomes):
     expected["hbm"][1024 : 1024 + 16 * LINES] = (2 * np.arange(4 * LINES, dtype=np.float32) + 1).view(np.uint8)
     for tier in rdu.TIERS:
         np.testing.assert_array_equal(done.image[tier], expected[tier])
-    rows = np.arange(4 * LINES, dtype=np.float32).reshape(LINES, 4)
-    np.testing.assert_array_equal(done.image["scratch"][0], bank(rows))
+    expected = scratchpad(np.arange(4 * LINES, dtype=np.float32), bank_bit2=4)
+    np.testing.assert_array_equal(done.image["scratch"][0], expected)
     assert not done.image["scratch"][1].any()
     assert t.ticks == ENDED + 1
     assert spans(t) == {
