@@ -169,7 +169,17 @@ PMU_ROW = ALWAYS + 2
 FIRST_AGCU, AGCUS, RATE_P, RATE_Q, GROUP_TURN, GROUP_ROW = range(6)
 
 # Machine.clock
-NOW, SKIPPED, QUIET, FAULT, FAULTY, LAST_EVENT, EVENTS, CREDIT, CLOCK = range(9)
+(
+    NOW,
+    SKIPPED,  # ticks of periods that were taken in one step, which NOW does not count
+    QUIET,  # the first tick that finds everything so far quiet
+    FAULT,
+    FAULTY,  # where
+    CREDIT,  # ticks of a credit on one link
+    LANES,
+    SEQUENCE_MASK,  # bits of sequence ids that matter
+    CLOCK,
+) = range(9)
 TOKENS_FAULT, LINE_FAULT = 1, 2
 
 
@@ -202,7 +212,6 @@ class Machine(NamedTuple):
     ring: np.ndarray  # int64
     planes: np.ndarray  # uint64[pmus, 2, PLANES]: accesses left at each bank, in binary, a bank in each bit
     tables: np.ndarray  # uint64[rows, PLANES]: likewise for an address
-    lanes: np.ndarray  # int64[1]
 
 
 # ---- scheduling ---------------------------------------------------------------------------------------
@@ -227,7 +236,6 @@ def _wake_known(m, node, tick):
 def _happens(m, tick):
     """Something is done in this tick, so all is not quiet before the next."""
     m.clock[QUIET] = max(m.clock[QUIET], tick + 1)
-    m.clock[EVENTS] += 1
 
 
 @njit(**INNER)
@@ -533,7 +541,7 @@ def fill_table(row, lane, bits, lanes, table):
 def _access(m, i, side, address, bits):
     """An iteration's accesses go to the banks."""
     row = m.pmu[i]
-    lanes = m.lanes[0]
+    lanes = m.clock[LANES]
     word = (address - row[LOW]) & 0xFFFFFF
     lane = row[LANE + side]
     planes = m.planes[i, side]
@@ -744,7 +752,6 @@ def switch_tick(m, node, s, t):
         m.link[out, TURN] = 0 if chosen + 1 == ins else chosen + 1
         row[SENT] |= 1 << o
         row[WANT] &= ~(1 << o)
-        m.clock[EVENTS] += 1
         if several:
             _wake(m, node, t + 1)
     for i in range(ins):
@@ -936,3 +943,263 @@ def close(m):
     """Account for all ticks up to the one that finds everything quiet."""
     for chain in range(len(m.chain)):
         _account(m, chain, m.clock[QUIET] + 1, _IDLE)
+
+
+# ---- periods ------------------------------------------------------------------------------------------
+
+
+def snapshot(m: Machine) -> Machine:
+    """Room for a copy of a machine's state."""
+    fixed = ("kind", "index", "wire", "wire_queue", "wire_ticks", "switch", "ports", "flow_out", "flow_next", "tables")
+    return Machine(*(a if name in fixed else a.copy() for name, a in zip(Machine._fields, m, strict=True)))
+
+
+@njit(cache=True)
+def _keep(s, m):
+    """Copy all state of m to s, both accounted for up to now."""
+    for chain in range(len(m.chain)):
+        _account(m, chain, m.clock[NOW], m.chain[chain, CAUSE])
+    s.clock[:] = m.clock
+    s.chain[:] = m.chain
+    s.activity[:] = m.activity
+    s.link[:] = m.link
+    s.slots[:] = m.slots
+    s.items[:] = m.items
+    s.queue[:] = m.queue
+    s.tokens[:] = m.tokens
+    s.pcu[:] = m.pcu
+    s.pmu[:] = m.pmu
+    s.agcu[:] = m.agcu
+    s.group[:] = m.group
+    s.ring[:] = m.ring
+    s.planes[:] = m.planes
+
+
+@njit(**INNER)
+def _ahead(tick, now):
+    """Ticks from now on; what is over is over."""
+    return max(tick - now, 0)
+
+
+@njit(**INNER)
+def _periods(m, s, chain):
+    """How often the chain can go on as from s to m; NEVER: for ever, -1: it did not come back."""
+    a, b = s.chain[chain], m.chain[chain]
+    if a[RUN] != b[RUN] or a[ZEROS] != b[ZEROS] or a[ENDS] != b[ENDS]:
+        return -1
+    if _ahead(a[GAP], s.clock[NOW]) != _ahead(b[GAP], m.clock[NOW]):
+        return -1
+    out = NEVER
+    for n in range(_LEVELS):
+        if a[COUNTER + n] != b[COUNTER + n]:
+            by = b[COUNTER + n] - a[COUNTER + n]
+            if out < NEVER or by < 0 or a[COUNTER + n] == 0:
+                return -1
+            # The step that ends the level is not taken: what depends on it would be new.
+            out = (b[COUNT + n] - 1 - b[COUNTER + n]) // by
+    return out
+
+
+@njit(**INNER)
+def _same_ring(m, s, a, b, ring, slip, frozen):
+    """Whether the same comes out of two pipelines in as many ticks from now; `slip` and `frozen` are columns."""
+    count = b[ring + 3] - b[ring + 2]
+    if a[ring + 3] - a[ring + 2] != count or (a[frozen] < 0) != (b[frozen] < 0):
+        return False
+    before = a[slip] - (a[frozen] if a[frozen] >= 0 else s.clock[NOW])
+    after = b[slip] - (b[frozen] if b[frozen] >= 0 else m.clock[NOW])
+    for k in range(count):
+        x = s.ring[a[ring] + (a[ring + 2] + k & a[ring + 1])] + before
+        if x != m.ring[b[ring] + (b[ring + 2] + k & b[ring + 1])] + after:
+            return False
+    return True
+
+
+@njit(**CALLED)
+def _same_pcu(m, s, i):
+    a, b = s.pcu[i], m.pcu[i]
+    mask = m.clock[SEQUENCE_MASK]
+    if a[PARTS] != b[PARTS] or a[LEFT] != b[LEFT] or (a[SEQUENCE] ^ b[SEQUENCE]) & mask:
+        return False
+    return _same_ring(m, s, a, b, RING, SLIP, FROZEN) and _same_ring(m, s, a, b, ARRAY, ARRAY_SLIP, ARRAY_FROZEN)
+
+
+@njit(**CALLED)
+def _same_pmu(m, s, i):
+    a, b = s.pmu[i], m.pmu[i]
+    if a[WRITE_FIRST] != b[WRITE_FIRST] or (a[PMU_SEQUENCE] ^ b[PMU_SEQUENCE]) & m.clock[SEQUENCE_MASK]:
+        return False
+    for side in range(2):
+        for column in (OCCUPIED, OWED, INSIDE):
+            if a[column + side] != b[column + side]:
+                return False
+        for k in range(_PLANES):
+            if s.planes[i, side, k] != m.planes[i, side, k]:
+                return False
+        # Addresses must meet the same banks, and the same bounds.
+        differs = s.chain[a[SIDE + side], ORIGIN] ^ m.chain[b[SIDE + side], ORIGIN]
+        if b[ALWAYS + side]:
+            differs = (s.chain[a[SIDE + side], ORIGIN] - m.chain[b[SIDE + side], ORIGIN]) & b[TABLE_MASK]
+        if differs:
+            return False
+    return _same_ring(m, s, a, b, PMU_RING, PMU_SLIP, PMU_FROZEN)
+
+
+@njit(**CALLED)
+def _same_agcu(m, s, i):
+    a, b = s.agcu[i], m.agcu[i]
+    for column in (UNDER_WAY, VALID, SOME, DIRTY, DEBT):
+        if a[column] != b[column]:
+            return False
+    if (a[AGCU_SEQUENCE] ^ b[AGCU_SEQUENCE]) & m.clock[SEQUENCE_MASK]:
+        return False
+    before, after = s.chain[a[AGCU], ORIGIN], m.chain[b[AGCU], ORIGIN]
+    if (after - before) & ((1 << b[LINE_SHIFT]) - 1):
+        return False
+    moved = ((after - before) & m.chain[b[AGCU], MASK]) >> b[LINE_SHIFT]
+    if b[SOME] and (b[HELD_LINE] - a[HELD_LINE] - moved) & (m.chain[b[AGCU], MASK] >> b[LINE_SHIFT]):
+        return False
+    count = b[AGCU_RING + 3] - b[AGCU_RING + 2]
+    if a[AGCU_RING + 3] - a[AGCU_RING + 2] != count:
+        return False
+    for k in range(count):
+        x = s.ring[a[AGCU_RING] + (a[AGCU_RING + 2] + k & a[AGCU_RING + 1])]
+        y = m.ring[b[AGCU_RING] + (b[AGCU_RING + 2] + k & b[AGCU_RING + 1])]
+        if _ahead(x, s.clock[NOW]) != _ahead(y, m.clock[NOW]):
+            return False
+    return True
+
+
+@njit(**CALLED)
+def _same_group(m, s, i):
+    a, b = s.group[i], m.group[i]
+    if a[GROUP_TURN] != b[GROUP_TURN]:
+        return False
+    idle = True
+    for k in range(b[FIRST_AGCU], b[FIRST_AGCU] + b[AGCUS]):
+        idle &= not m.chain[m.agcu[k, AGCU], RUN] and not m.agcu[k, DIRTY]
+        idle &= not s.chain[s.agcu[k, AGCU], RUN] and not s.agcu[k, DIRTY]
+    ticks = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
+    return idle or ticks % b[RATE_Q] * b[RATE_P] % b[RATE_Q] == 0
+
+
+@njit(**CALLED)
+def _same_link(m, s, i):
+    a, b = s.link[i], m.link[i]
+    if a[LEVEL] != b[LEVEL] or a[SENT] != b[SENT] or a[TURN] != b[TURN]:
+        return False
+    mask = ~np.int64(0xFFFF) | m.clock[SEQUENCE_MASK]
+    x, y = a[READ], b[READ]
+    for k in range(b[CAPACITY]):
+        at, on = a[BASE] + x, b[BASE] + y
+        if _ahead(s.slots[at], s.clock[NOW]) != _ahead(m.slots[on], m.clock[NOW]):
+            return False
+        if k < b[LEVEL] and (s.items[at] ^ m.items[on]) & mask:
+            return False
+        x = x + 1 if x + 1 < a[CAPACITY] else 0
+        y = y + 1 if y + 1 < b[CAPACITY] else 0
+    return True
+
+
+@njit(**CALLED)
+def _same_queue(m, s, i):
+    a, b = s.queue[i], m.queue[i]
+    if a[GIVEN] - a[TAKEN] != b[GIVEN] - b[TAKEN]:
+        return False
+    for k in range(b[GIVEN] - b[TAKEN]):
+        x = s.tokens[a[BASE] + (a[TAKEN] + k) % a[SIZE]]
+        y = m.tokens[b[BASE] + (b[TAKEN] + k) % b[SIZE]]
+        if _ahead(x, s.clock[NOW]) != _ahead(y, m.clock[NOW]):
+            return False
+    return True
+
+
+@njit(**CALLED)
+def _again(m, s, i, least):
+    """How many periods part i of the machine allows; -1 where that is below `least`, or it is not as it was."""
+    if i < len(m.chain):
+        out = _periods(m, s, i)
+        return out if out >= least else -1
+    i -= len(m.chain)
+    if i < len(m.pcu):
+        return NEVER if _same_pcu(m, s, i) else -1
+    i -= len(m.pcu)
+    if i < len(m.pmu):
+        return NEVER if _same_pmu(m, s, i) else -1
+    i -= len(m.pmu)
+    if i < len(m.agcu):
+        return NEVER if _same_agcu(m, s, i) else -1
+    i -= len(m.agcu)
+    if i < len(m.group):
+        return NEVER if _same_group(m, s, i) else -1
+    i -= len(m.group)
+    if i < len(m.link):
+        return NEVER if _same_link(m, s, i) else -1
+    return NEVER if _same_queue(m, s, i - len(m.link)) else -1
+
+
+@njit(cache=True)
+def _leap(m, s, times):
+    """Take the period from s to m so many times more. Queues stay as they are, and so does NOW."""
+    period = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
+    for chain in range(len(m.chain)):
+        _account(m, chain, m.clock[NOW], m.chain[chain, CAUSE])
+        a, b = s.chain[chain], m.chain[chain]
+        m.activity[chain] += (m.activity[chain] - s.activity[chain]) * times
+        for n in range(_LEVELS):
+            by = (b[COUNTER + n] - a[COUNTER + n]) * times
+            b[COUNTER + n] += by
+            b[ORIGIN] = (b[ORIGIN] + by * b[STRIDE + n]) & b[MASK]
+        n = b[ENDS]
+        while n < _LEVELS and b[COUNTER + n] + 1 >= b[COUNT + n]:
+            n += 1
+        b[ENDS] = n if n < _LEVELS else _LEVELS + 2
+        if b[STEPS] != a[STEPS]:
+            b[STEPS] += (b[STEPS] - a[STEPS]) * times
+            b[END] += period * times
+    for a, b in zip(s.pcu, m.pcu):
+        b[SEQUENCE] = (b[SEQUENCE] + (b[SEQUENCE] - a[SEQUENCE]) * times) & 0xFFFF
+    for a, b in zip(s.pmu, m.pmu):
+        b[PMU_SEQUENCE] = (b[PMU_SEQUENCE] + (b[PMU_SEQUENCE] - a[PMU_SEQUENCE]) * times) & 0xFFFF
+        for column in (CONFLICTS, MOVED, MOVED + 1, DROPPED):
+            b[column] += (b[column] - a[column]) * times
+    for a, b in zip(s.agcu, m.agcu):
+        b[AGCU_SEQUENCE] = (b[AGCU_SEQUENCE] + (b[AGCU_SEQUENCE] - a[AGCU_SEQUENCE]) * times) & 0xFFFF
+        b[LINES] += (b[LINES] - a[LINES]) * times
+        mask = m.chain[b[AGCU], MASK] >> b[LINE_SHIFT]
+        b[HELD_LINE] = (b[HELD_LINE] + (b[HELD_LINE] - a[HELD_LINE]) * times) & mask
+    for a, b in zip(s.link, m.link):
+        b[PUSHES] += (b[PUSHES] - a[PUSHES]) * times
+    m.clock[SKIPPED] += period * times
+
+
+@njit(cache=True)
+def run_folded(m, s, bits):
+    """As `run`; s is room for a snapshot. Returns the ticks that were simulated.
+
+    The state is compared in every tick with a snapshot that is renewed whenever twice as many ticks have passed
+    (Brent's cycle detection). What differed last is compared first, so most comparisons end at once.
+    """
+    parts = len(m.chain) + len(m.pcu) + len(m.pmu) + len(m.agcu) + len(m.group) + len(m.link) + len(m.queue)
+    asleep = ticks = began = at = 0
+    kept = -1  # tick of the snapshot, -1: none
+    while asleep < WHEEL and not m.clock[FAULT]:
+        asleep = 0 if tick(m, bits) else asleep + 1
+        m.clock[NOW] += 1
+        ticks += 1
+        if kept >= 0:
+            period = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
+            least = max(64, ticks >> 3) // period + 1  # a leap must be worth its copies
+            times = NEVER
+            for _ in range(parts):
+                times = min(times, _again(m, s, at, least))
+                if times < 0:
+                    break
+                at = at + 1 if at + 1 < parts else 0
+            if 0 <= times < NEVER:
+                _leap(m, s, times)
+                kept, began = -1, ticks
+        if ticks - began >= 2 * (kept - began) and ticks - began >= 32 or kept < 0 and ticks - began >= 32:
+            _keep(s, m)
+            kept = ticks
+    return ticks

@@ -224,4 +224,107 @@ def layer(
     return add(y, mlp(normed("mlp_norm", y))), keys, values
 
 
-_ = reduce_tree
+# ---- one token ----------------------------------------------------------------------------------------
+
+
+def lane_sum(how: str, x: Words, lanes: int) -> Words:
+    """A vector joined lane by lane, `lanes` words at a time, then over the lanes by a tree: one word."""
+    return reduce_tree(how, "fp32", _fold(how, list(x.reshape(-1, lanes))))
+
+
+def token_norm(x: Words, gain: Words, bias: Words | None, eps: str, counts: asic.Counts, lanes: int) -> Words:
+    """`norm` of a vector."""
+    inverse, least = _word(1 / len(x)), _word(float(eps))
+    centred = x
+    if bias is not None:
+        centred = _op("subtract", x, _op("multiply", lane_sum("add", x, lanes), inverse))
+    mean_square = _op("multiply", lane_sum("add", _op("multiply", centred, centred), lanes), inverse)
+    scale = special("rsqrt", _op("add", mean_square, least), counts)
+    y = _op("multiply", _op("multiply", centred, scale), gain)
+    return round_bf16(y if bias is None else _op("add", y, bias))
+
+
+def token_attention(
+    q: Words, k: Words, v: Words, keys: Words, values: Words, mask: Words, *, heads: int, head_dim: int, chunks: int,
+    counts: asic.Counts, lanes: int, inputs: int = 4,
+) -> Words:  # fmt: skip
+    """Attention of one token to itself (q, k, v) and to cached keys and values, uint32[tokens, kv_heads * head_dim].
+
+    `mask` uint32[heads, tokens] is added to the scaled scores.
+    """
+    shared = heads * head_dim // len(k)
+    scale = _word(head_dim**-0.5)
+    outs = []
+    for h in range(heads):
+        own = slice(h // shared * head_dim, (h // shared + 1) * head_dim)
+        query = q[h * head_dim : (h + 1) * head_dim]
+        itself = _op("multiply", lane_sum("add", _op("multiply", query, k[own]), lanes), scale)
+        scores = _op("add", _op("multiply", product(query[None], keys[:, own].T)[0], scale), mask[h])
+        tops = [itself, lane_sum("maximum", scores, lanes)] if len(keys) else [itself]
+        top = _fold("maximum", tops)
+        power = round_bf16(special("exp", _op("subtract", scores, top), counts))
+        itself = round_bf16(special("exp", _op("subtract", itself, top), counts))
+        total = _op("add", itself, lane_sum("add", power, lanes)) if len(keys) else itself
+        parts = [_op("multiply", v[own], itself)]
+        if len(keys):
+            parts += [
+                product(p[None], x)[0]
+                for p, x in zip(np.split(power, chunks), np.split(values[:, own], chunks), strict=True)
+            ]
+        out = join("add", parts, inputs - 1)
+        outs.append(round_bf16(_op("multiply", out, special("reciprocal", total, counts))))
+    return np.concatenate(outs)
+
+
+def token_layer(
+    model: ModelConfig, weights: Mapping[str, Words], x: Words, cos: Words | None, sin: Words | None,
+    past: tuple[Words, Words], mask: Words, how: Layer, counts: asic.Counts, lanes: int,
+) -> tuple[Words, Words, Words]:  # fmt: skip
+    """One layer for one token, uint32[d_model], behind `past` keys and values; returns (x, k, v) of the token.
+
+    As `layer`, but for the order of sums over a row. `how.parts` and `how.inner` cut the depths of products.
+    """
+    m, w = model, weights
+
+    def normed(name: str, a: Words) -> Words:
+        return token_norm(a, w[f"{name}.gain"], w.get(f"{name}.bias"), m.norm_eps, counts, lanes)
+
+    def linear(name: str, a: Words, parts: int) -> Words:
+        sums = [product(b, v)[0] for b, v in zip(cut(a[None], parts), np.split(w[name], parts), strict=True)]
+        if f"{name}.bias" in w:
+            sums.append(w[f"{name}.bias"])
+        return round_bf16(join("add", sums, how.inputs))
+
+    def attend(a: Words) -> tuple[Words, Words, Words]:
+        q, k, v = np.split(linear("qkv", a, how.parts), [m.q_dim, m.q_dim + m.kv_dim])
+        if cos is not None and sin is not None:
+            q, k = (rotary(b[None], cos[None], sin[None], m.head_dim)[0] for b in (q, k))
+        out = token_attention(
+            q, k, v, *past, mask, heads=m.heads, head_dim=m.head_dim, chunks=how.chunks, counts=counts, lanes=lanes,
+            inputs=how.inputs,
+        )  # fmt: skip
+        return linear("attention_out", out, 1), k, v
+
+    def mlp(a: Words) -> Words:
+        up = linear("up", a, how.parts)
+        inner = (
+            activation(m.activation, linear("gate", a, how.parts), up, counts)
+            if m.gated_mlp
+            else activation(m.activation, up, None, counts)
+        )
+        return linear("down", inner, how.inner)
+
+    def add(*parts: Words) -> Words:
+        return round_bf16(_fold("add", parts))
+
+    if m.parallel_attention:
+        h = normed("attention_norm", x)
+        o, k, v = attend(h)
+        return add(x, o, mlp(normed("mlp_norm", x) if m.parallel_norms == 2 else h)), k, v
+    if m.post_norm:
+        o, k, v = attend(x)
+        y = normed("attention_norm", add(x, o))
+        return normed("mlp_norm", add(y, mlp(y))), k, v
+    o, k, v = attend(normed("attention_norm", x))
+    y = add(x, o)
+    return add(y, mlp(normed("mlp_norm", y))), k, v

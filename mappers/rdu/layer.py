@@ -9,20 +9,19 @@ kept element by element, the tokens side by side: [layer][keys, values][head][el
 keys as the array wants them (tokens side by side), and values by writing across its banks (elements side by side).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from tilewright.arch.errors import UserError
-from tilewright.arch.rdu import LEVELS, RduParams
+from tilewright.arch.rdu import ADDRESS_BITS, LEVELS, RduParams
 from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 from tilewright.workloads.models import ModelConfig
 
-__all__ = ["LOWEST", "OPERATORS", "Op", "Rows", "Share", "Tiles", "layer_operators"]
+__all__ = ["LOWEST", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached", "layer_operators"]
 
 LOWEST = -1e30
 """What the score of a masked key is."""
@@ -77,6 +76,8 @@ class Tiles:
     """Ranges of keys, each with its own units."""
     gates: int = 1
     """Gates to memory that load the weights of one product."""
+    cache_gates: int = 1
+    """Gates that load keys, and as many that load values."""
     depth: int = 4
     """Memory units in a row that hold back what passes by the MLP or attention."""
 
@@ -89,27 +90,35 @@ class Op:
     kind: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    weights: tuple[str, ...] = ()
 
 
-def layer_operators(model: ModelConfig) -> list[Op]:
-    """The operators of a dense layer in order, from matrix `x` to matrix `z`."""
+def layer_operators(model: ModelConfig, sockets: int = 1) -> list[Op]:
+    """The operators of a dense layer in order, from matrix `x` to matrix `z`.
+
+    With more than one socket what attention and MLP give is summed over all of them.
+    """
     m = model
     inner = ("gate", "up") if m.gated_mlp else ("up",)
 
+    def summed(op: Op) -> list[Op]:
+        if sockets == 1:
+            return [op]
+        part = f"{op.writes[0]}_part"
+        return [replace(op, writes=(part,)), Op(f"{op.name}_reduce", "reduce", (part,), op.writes)]
+
     def attention(x: str) -> list[Op]:
         return [
-            Op("qkv", "product", (x,), ("qkv",), ("qkv",)),
+            Op("qkv", "product", (x,), ("qkv",)),
             Op("rotary", "positions", ("qkv",), ("q",)),
             Op("attention", "attention", ("q",), ("a",)),
-            Op("attention_out", "product", ("a",), ("o",), ("attention_out",)),
+            *summed(Op("attention_out", "product", ("a",), ("o",))),
         ]
 
     def mlp(x: str) -> list[Op]:
         return [
-            *(Op(name, "product", (x,), (f"{name}_out",), (name,)) for name in inner),
+            *(Op(name, "product", (x,), (f"{name}_out",)) for name in inner),
             Op("activation", "activation", tuple(f"{name}_out" for name in inner), ("f",)),
-            Op("down", "product", ("f",), ("w",), ("down",)),
+            *summed(Op("down", "product", ("f",), ("w",))),
         ]
 
     if m.parallel_attention:
@@ -309,7 +318,7 @@ class Rows:
         x = self.at[op.reads[0]]
         columns = self.columns(op.writes[0])
         outs = 1 if op.writes[0] == "qkv" else self.parts(columns)
-        biased = self._biased(name)
+        biased = _biased(self.model, name)
         whole = len(x) == 1 and not biased
         result = []
         for o in range(outs):
@@ -338,10 +347,6 @@ class Rows:
                 )
             )
         self.at[op.writes[0]] = result
-
-    def _biased(self, name: str) -> bool:
-        m = self.model
-        return {"qkv": m.qkv_bias, "attention_out": m.attention_out_bias}.get(name, m.mlp_bias)
 
     def _positions(self, op: Op) -> None:
         """Rotary positions where the model has them; keys and values go to the cache."""
@@ -379,7 +384,7 @@ class Rows:
         width = self.keys // chunks
         strips, wide = ceil_div(width, c), ceil_div(dim, c)
         q = self._whole(self.at[op.reads[0]])
-        keys, values = self._cache(name, width, strips, wide)
+        keys, values = self._cache(name, width)
         sources, readers = [], []
         for h in range(s.heads):
             own = h * s.kv_heads // s.heads
@@ -486,49 +491,22 @@ class Rows:
         out.append({"operation": "select", "type": "int32", "a_from": "constant", "constant": constant(LOWEST), "b": 4, "c": 7, "to": 4})
         return out
 
-    def _cache(self, name: str, width: int, strips: int, wide: int) -> tuple[list[list[str]], list[list[str]]]:
+    def _cache(self, name: str, width: int) -> tuple[list[list[str]], list[list[str]]]:
         """Memory units with the keys and the values of each head, by chunk."""
-        line, p, s = self.line, self.p, self.share
-        dim, chunks, c, lanes = self.model.head_dim, self.tiles.chunks, p.stages, p.lanes
-        pitch = 1 << (dim - 1).bit_length()
-        skew = min(p.banks.bit_length() - 1, pitch.bit_length() - 1)
-        found: list[list[list[str]]] = []
-        for what in ("keys", "values"):
-            keys = what == "keys"
-            size = width * (dim if keys else pitch)
-            if size > line.capacity:
-                raise UserError(f"{width} {what} of {dim} elements are {size} words; a PMU has {line.capacity}")
-            tokens = width // lanes
-            blocks = (line.blocks, 0)
-            if keys:
-                write = [(tokens, lanes), (dim, width), (chunks, size)]
-                read = [(dim, width), (strips, c), blocks]
-            else:
-                write = [(tokens, lanes * pitch), (dim, 1), (chunks, size)]
-                read = [(width, pitch), (wide, c), blocks]
-            heads = []
-            for h in range(s.kv_heads):
-                row = self.keys * BF16_BYTES
-                gate = line.gate(
-                    f"{name}.{what}{h}.load", name, "load", "hbm", what, h * dim * row,
-                    [(tokens, lanes * BF16_BYTES), (dim, row), (chunks, width * BF16_BYTES)],
-                )  # fmt: skip
-                units = []
-                for k in range(chunks):
-                    unit = line.unit(
-                        f"{name}.{what}{h}.{k}", "pmu", name, enable=3, low=k * size, words=size,
-                        **line.chain(name, "write_", write), write_signal_level=LEVELS,
-                        write_lane_stride=1 if keys else pitch,
-                        **line.chain(name, "read_", read), read_base=k * size, read_wait_level=LEVELS,
-                        **({} if keys else {"skew_bits": skew, "skew_shift": pitch.bit_length() - 1}),
-                    )  # fmt: skip
-                    line.wire(f"{unit}.write", f"{unit}.read")
-                    line.feed(gate, unit)
-                    line.work[unit] = prod(n for n, _ in read)
-                    units.append(unit)
-                heads.append(units)
-            found.append(heads)
+        found = [
+            cached(
+                self.line, f"{name}.{what}", name, what, self.share.kv_heads, self.model.head_dim, width, self.tiles.chunks,
+                self.keys, 0, self.p.stages, self.tiles.cache_gates,
+            )
+            for what in ("keys", "values")
+        ]  # fmt: skip
         return found[0], found[1]
+
+    def _reduce(self, op: Op) -> None:
+        self.at[op.writes[0]] = [
+            self.line.all_reduce(f"{op.name}{i}", op.name, flow, self.share.sockets)
+            for i, flow in enumerate(self.at[op.reads[0]])
+        ]
 
     def _activation(self, op: Op) -> None:
         line, m, name = self.line, self.model, op.name
@@ -578,5 +556,380 @@ def _activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any
     return out, {"result": 4}
 
 
-OPERATORS: dict[str, Callable[..., None]] = {}
-_ = Fraction
+def _biased(model: ModelConfig, name: str) -> bool:
+    return {"qkv": model.qkv_bias, "attention_out": model.attention_out_bias, "lm_head": False}.get(name, model.mlp_bias)
+
+
+def cached(
+    line: Pipeline, name: str, tag: str, what: str, heads: int, dim: int, width: int, chunks: int, pitch: int,
+    offset: int, strip: int, gates: int,
+) -> list[list[str]]:  # fmt: skip
+    """Memory units with the "keys" or "values" of heads of `dim` elements: one for each head, and chunk of `width` tokens.
+
+    They give strips of `strip` tokens, element after element, or strips of elements, token after token. The cache, whose
+    elements are `pitch` tokens apart, begins at `offset` bytes; `gates` gates to memory load it.
+    """
+    p = line.p
+    keys = what == "keys"
+    row = 1 << (dim - 1).bit_length()
+    size = width * (dim if keys else row)
+    if size > line.capacity:
+        raise UserError(f"{width} {what} of {dim} elements are {size} words; a PMU has {line.capacity}")
+    tokens = width // p.lanes
+    strips = (ceil_div(width if keys else dim, strip), strip)
+    if keys:
+        write = [(tokens, p.lanes), (dim, width), (chunks, size)]
+        fields = line.chain(name, "read_", [(dim, width), strips, (line.blocks, 0)])
+    else:
+        write = [(tokens, p.lanes * row), (dim, 1), (chunks, size)]
+        fields = line.chain(name, "read_", [(width, row), strips, (line.blocks, 0)])
+        # Tokens are in different banks, too: a diagonal stripe.
+        bits = min(p.banks.bit_length() - 1, row.bit_length() - 1)
+        fields |= {"skew_bits": bits, "skew_shift": row.bit_length() - 1, "write_lane_stride": row}
+    step = ceil_div(heads, gates)
+    while heads % step or step * chunks * size > 1 << ADDRESS_BITS:
+        step -= 1
+    head_bytes = dim * pitch * BF16_BYTES
+    found = []
+    for h in range(heads):
+        if h % step == 0:
+            gate = line.gate(
+                f"{name}.{h}.load", tag, "load", "hbm", what, offset + h * head_bytes,
+                [
+                    (tokens, p.lanes * BF16_BYTES), (dim, pitch * BF16_BYTES), (chunks, width * BF16_BYTES),
+                    (step, head_bytes),
+                ],
+            )  # fmt: skip
+        units = []
+        for k in range(chunks):
+            low = (h % step * chunks + k) * size
+            unit = line.unit(
+                f"{name}.{h}.{k}", "pmu", tag, enable=3, low=low, words=size,
+                **line.chain(name, "write_", [*write, (step, chunks * size)]), write_signal_level=LEVELS,
+                **fields, read_base=low, read_wait_level=LEVELS,
+            )  # fmt: skip
+            line.wire(f"{unit}.write", f"{unit}.read")
+            line.feed(gate, unit)
+            line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
+            units.append(unit)
+        found.append(units)
+    return found
+
+
+# ---- one token ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The weights of one product in a section of `Vectors`: `units` units of `strips` strips of lanes."""
+
+    name: str
+    part: int
+    depth: int
+    strips: int
+    units: int
+
+
+class Vectors:
+    """Builds the operators of one section for the next token of each sequence: a vector is cut into packets of lanes.
+
+    A sequence is a group with its own keys and values. Weights stream from memory through the memory units, in the
+    order in which they are used; those of later operators come while earlier ones compute. Keys and values that are
+    cached stream likewise; the token's own are added on the chip, and stored for the next step.
+
+    Parameters
+    ----------
+    params : RduParams
+    share : Share
+    batch : int
+    keys : int
+        Tokens that the cache has room for, at `pitch` of it are attended to: a multiple of `chunks` * lanes.
+    chunks : int
+        Ranges of keys, each with its own units.
+    words : int
+        Words of weights that a unit should hold: fewer mean more units.
+    gates : int
+        Gates to memory for the weights.
+    """
+
+    def __init__(
+        self, params: RduParams, share: Share, *, batch: int = 1, keys: int = 0, pitch: int = 0, chunks: int = 1,
+        words: int = 1, gates: int = 1, cache_gates: int = 1,
+    ) -> None:  # fmt: skip
+        self.p, self.share, self.model = params, share, share.model
+        self.keys, self.pitch, self.chunks, self.words, self.gates = keys, pitch or keys, chunks, words, gates
+        self.cache_gates = cache_gates
+        self.line = Pipeline(params, groups=batch)
+        self.at: dict[str, Flow] = {}
+        self.banks: list[Bank] = []
+        for columns in (share.model.d_model, share.model.head_dim, share.inner):
+            if columns % params.lanes:
+                raise UserError(f"{share.model.name}: {columns} columns are not a multiple of the {params.lanes} lanes")
+
+    def build(self, ops: Sequence[Op], keep: Iterable[str]) -> Pipeline:
+        """All units and streams of `ops`; vectors named in `keep` go to memory."""
+        for op in ops:
+            for t in op.reads:
+                if t not in self.at:
+                    self.at[t] = self._load(t)
+            getattr(self, f"_{op.kind}")(op)
+        for t in keep:
+            flow = self.line.read(f"{t}.out", "store", self.at[t], [(self.at[t].columns, 1)])
+            self.line.store(f"{t}.store", "store", flow, t)
+        self._stream_weights()
+        return self.line
+
+    def columns(self, tensor: str) -> int:
+        """Columns of a matrix."""
+        s, m = self.share, self.model
+        known = {
+            "qkv": s.q_dim + 2 * s.kv_dim, "q": s.q_dim + s.kv_dim, "a": s.q_dim, "f": s.inner, "gate_out": s.inner,
+            "up_out": s.inner, "logits": ceil_div(m.vocab, s.sockets),
+        }  # fmt: skip
+        return known.get(tensor, m.d_model)
+
+    def _load(self, tensor: str) -> Flow:
+        return self.line.load(f"{tensor}.in", "load", tensor, self.columns(tensor) // self.p.lanes)
+
+    def _constant(self, name: str, tag: str, tensor: str, columns: int) -> Flow:
+        """A vector that stays: gains, biases."""
+        return self.line.read(f"{name}.buffer", tag, self.line.load(name, tag, tensor, columns // self.p.lanes, row=0))
+
+    def _stream_weights(self) -> None:
+        shares: list[list[tuple[str, int, str]]] = [[] for _ in range(self.gates)]
+        at = 0
+        for bank in self.banks:
+            for j in range(bank.units):
+                unit = f"{bank.name}.{bank.part}.w{j}"
+                shares[at % self.gates].append((unit, bank.depth * bank.strips, bank.name))
+                at += 1
+        if at:
+            self.line.streamed("weights", "weights", "weights", [s for s in shares if s])
+
+    def _joined(self, n: int, how: str = "add", to: int = 4) -> list[dict[str, Any]]:
+        if n == 1:
+            return [stage("pass", 0, 0, to)]
+        return [stage(how, 0 if k == 1 else to, k, to) for k in range(1, n)]
+
+    def _fewer(self, name: str, tag: str, flows: Sequence[Flow], packets: int, how: str = "add", room: int = 0) -> list[Flow]:
+        """Flows joined until `room` inputs of a unit are left."""
+        out, level, width = list(flows), 0, self.p.vector_inputs
+        while len(out) > width - room:
+            joined = []
+            for i in range(0, len(out), width):
+                some = out[i : i + width]
+                if len(some) > 1:
+                    some = [
+                        self.line.simd(
+                            f"{name}.join{level}.{i}", tag, [(f, 0) for f in some], self._joined(len(some), how), packets,
+                            result=4,
+                        )  # fmt: skip
+                    ]
+                joined += some
+            out, level = joined, level + 1
+        return out
+
+    def _norm(self, op: Op) -> None:
+        line, name, m = self.line, op.name, self.model
+        x = self.at[op.reads[0]]
+        n = self.columns(op.reads[0]) // self.p.lanes
+        inverse, eps = float(np.float32(1 / (n * self.p.lanes))), float(np.float32(m.norm_eps))
+        inputs: list[tuple[Flow, int]] = []
+        after: tuple[str, ...] = ()
+        if m.norm == "layernorm":
+            r = line.read(f"{name}.first", name, x, [(n, 1)])
+            total = line.simd(f"{name}.sum", name, [(r, 0)], [], n, fold="add", tree="add")
+            mean = line.simd(f"{name}.mean", name, [(total, 0)], [stage("multiply", 0, inverse, 4)], 1, result=4)
+            inputs, after = [(mean, 1)], tuple(s[0] for s in mean.sources)
+        r = line.read(f"{name}.second", name, x, [(n, 1)], after=after)
+        centre = stage("subtract", 0, 1, 4) if inputs else stage("pass", 0, 0, 4)
+        square = line.simd(
+            f"{name}.square", name, [(r, 0), *inputs], [centre, stage("multiply", 4, 4, 4)], n, result=4, fold="add", tree="add"
+        )
+        scale = line.simd(
+            f"{name}.scale", name, [(square, 0)], [stage("multiply", 0, inverse, 4), stage("add", 4, eps, 4)], 1,
+            result=4, function="rsqrt",
+        )  # fmt: skip
+        r = line.read(f"{name}.third", name, x, [(n, 1)], after=tuple(s[0] for s in scale.sources))
+        gain = self._constant(f"{name}.gain", name, f"{name}.gain", n * self.p.lanes)
+        if not inputs:
+            stages = [stage("multiply", 0, 1, 4), stage("multiply", 4, 2, 4)]
+            self.at[op.writes[0]] = line.simd(name, name, [(r, 0), (scale, 1), (gain, 0)], stages, n, result=4, round=1)
+            return
+        bias = self._constant(f"{name}.bias", name, f"{name}.bias", n * self.p.lanes)
+        normal = line.simd(
+            f"{name}.normal", name, [(r, 0), *inputs, (scale, 1)],
+            [stage("subtract", 0, 1, 4), stage("multiply", 4, 2, 4)], n, result=4,
+        )  # fmt: skip
+        stages = [stage("multiply", 0, 1, 4), stage("add", 4, 2, 4)]
+        self.at[op.writes[0]] = line.simd(name, name, [(normal, 0), (gain, 0), (bias, 0)], stages, n, result=4, round=1)
+
+    def _product(self, op: Op) -> None:
+        line, name, lanes = self.line, op.name, self.p.lanes
+        x = self.at[op.reads[0]]
+        depth = self.columns(op.reads[0])
+        columns = self.columns(op.writes[0])
+        strips = ceil_div(columns, lanes)
+        parts = 1
+        while depth // parts * lanes > line.capacity or depth % parts:
+            parts += 1
+        each = max(1, min(strips, min(self.words, line.capacity) // (depth // parts * lanes)))
+        units = ceil_div(strips, each)
+        each = ceil_div(strips, units)
+        biased = _biased(self.model, name)
+        sums = []
+        for i in range(parts):
+            own = depth // parts
+            r = line.read(f"{name}.x{i}", name, x, [(own, 1), (each, 0)], first=i * own, spread=True)
+            self.banks.append(Bank(name, i, own, each, units))
+            weights = [f"{name}.{i}.w{j}" for j in range(units)]
+            sums.append(
+                line.vector_product(
+                    f"{name}.{i}", name, r, own, each, [weights] * line.groups, rounded=parts == 1 and not biased
+                )
+            )
+        sums = [replace(f, columns=strips) for f in sums]  # the last unit may have more
+        if parts == 1 and not biased:
+            self.at[op.writes[0]] = sums[0]
+            return
+        flows = [line.read(f"{name}.sum{i}", name, f, [(strips, 1)]) for i, f in enumerate(sums)]
+        if biased:
+            flows.append(self._constant(f"{name}.bias", name, f"{name}.bias", columns))
+        flows = self._fewer(name, name, flows, strips)
+        self.at[op.writes[0]] = line.simd(
+            f"{name}.total", name, [(f, 0) for f in flows], self._joined(len(flows)), strips, result=4, round=1
+        )
+
+    def _positions(self, op: Op) -> None:
+        """Rotary positions; the token's keys and values go to the cache, one element at a time."""
+        line, m, s, name, lanes = self.line, self.model, self.share, op.name, self.p.lanes
+        qkv = self.at[op.reads[0]]
+        dim = m.head_dim // lanes
+        heads = s.heads + s.kv_heads
+        turned = qkv
+        if m.position == "rotary":
+            if dim % 2:
+                raise UserError(f"{m.name}: half a head of {m.head_dim} columns is no multiple of the {lanes} lanes")
+            half = dim // 2
+            x = line.read(f"{name}.x", name, qkv, [(dim, 1), (heads, dim)])
+            other = line.read(f"{name}.other", name, qkv, [(half, 1), (2, -half), (heads, dim)], first=half)
+            tables = [
+                line.read(f"{name}.{t}", name, line.load(f"{name}.{t}.in", name, t, dim, row=0), [(dim, 1), (heads, 0)])
+                for t in ("cos", "sin")
+            ]
+            stages = [stage("multiply", 0, 2, 4), stage("multiply", 1, 3, 5), stage("add", 4, 5, 4)]
+            turned = line.simd(
+                f"{name}.turn", name, [(f, 0) for f in (x, other, *tables)], stages, heads * dim, result=4, round=1
+            )
+        self.at[op.writes[0]] = turned
+        self.at["values"] = qkv
+        for at, source, first in (("keys", turned, s.q_dim), ("values", qkv, s.q_dim + s.kv_dim)):
+            flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first, spread=True)
+            for g in range(line.groups):
+                gate = line.gate(
+                    f"{name}.{at}.store.{g}", name, "store", "hbm", f"{at}.new", g * s.kv_dim * self.pitch * BF16_BYTES,
+                    [(s.kv_dim, self.pitch * BF16_BYTES)], words=1,
+                )  # fmt: skip
+                line.feed(flow.sources[g][0], gate)
+
+    def _attention(self, op: Op) -> None:
+        line, m, s, name, lanes = self.line, self.model, self.share, op.name, self.p.lanes
+        dim, packets, chunks = m.head_dim, m.head_dim // lanes, self.chunks
+        width = self.keys // chunks
+        strips = width // lanes
+        whole = self.keys // lanes
+        turned, qkv = self.at[op.reads[0]], self.at["values"]
+        scale = float(np.float32(dim**-0.5))
+        keys, values = self._cache(name, width) if self.keys else ([], [])
+        hidden = line.load(f"{name}.mask.in", name, "mask", whole, row=0) if self.keys else None
+        outs = []
+        for h in range(s.heads):
+            own = h * s.kv_heads // s.heads
+            head = f"{name}.{h}"
+            # The token itself.
+            q = line.read(f"{head}.q", name, turned, [(packets, 1)], first=h * packets)
+            k = line.read(f"{head}.k", name, turned, [(packets, 1)], first=(s.heads + own) * packets)
+            v = line.read(f"{head}.v", name, qkv, [(packets, 1)], first=(s.heads + s.kv_heads + own) * packets)
+            dot = line.simd(
+                f"{head}.dot", name, [(q, 0), (k, 0)], [stage("multiply", 0, 1, 4)], packets, result=4, fold="add", tree="add"
+            )
+            self_score = line.simd(f"{head}.self", name, [(dot, 0)], [stage("multiply", 0, scale, 4)], 1, result=4)
+            tops = [self_score]
+            scores = None
+            if hidden is not None:
+                x = line.read(f"{head}.query", name, turned, [(dim, 1), (strips, 0)], first=h * dim, spread=True)
+                units = [[keys[g][own][c] for c in range(chunks)] for g in range(line.groups)]
+                raw = line.vector_product(f"{head}.score", name, x, dim, strips, units, rounded=False)
+                r = line.read(f"{head}.scores", name, raw, [(whole, 1)])
+                mask = line.read(f"{head}.mask", name, hidden, [(whole, 1)])
+                scores = line.simd(
+                    f"{head}.masked", name, [(r, 0), (mask, 0)],
+                    [stage("multiply", 0, scale, 4), stage("add", 4, 1, 4)], whole, result=4,
+                )  # fmt: skip
+                tops.append(line.simd(f"{head}.max", name, [(scores, 0)], [], whole, fold="maximum", tree="maximum"))
+            top = line.simd(f"{head}.top", name, [(f, 0) for f in tops], self._joined(len(tops), "maximum"), 1, result=4)
+            own_power = line.simd(
+                f"{head}.own", name, [(self_score, 0), (top, 0)], [stage("subtract", 0, 1, 4)], 1, result=4,
+                function="exp", round=1,
+            )  # fmt: skip
+            sums = [own_power]
+            parts = [line.simd(f"{head}.ownv", name, [(v, 0), (own_power, 1)], [stage("multiply", 0, 1, 4)], packets, result=4)]
+            if scores is not None:
+                r = line.read(f"{head}.second", name, scores, [(whole, 1)], after=tuple(src[0] for src in top.sources))
+                power = line.simd(
+                    f"{head}.exp", name, [(r, 0), (top, 1)], [stage("subtract", 0, 1, 4)], whole, result=4,
+                    function="exp", round=1,
+                )  # fmt: skip
+                sums.append(line.simd(f"{head}.sum", name, [(power, 0)], [], whole, fold="add", tree="add"))
+                for c in range(chunks):
+                    x = line.read(f"{head}.p{c}", name, power, [(width, 1), (packets, 0)], first=c * width, spread=True)
+                    units = [[values[g][own][c]] for g in range(line.groups)]
+                    part = line.vector_product(f"{head}.value{c}", name, x, width, packets, units, rounded=False)
+                    parts.append(line.read(f"{head}.part{c}", name, part, [(packets, 1)]))
+            inverse = line.simd(
+                f"{head}.inverse", name, [(f, 0) for f in sums], self._joined(len(sums)), 1, result=4, function="reciprocal"
+            )
+            parts = self._fewer(f"{head}.out", name, parts, packets, room=1)
+            n = len(parts)
+            outs.append(
+                line.simd(
+                    f"{head}.out", name, [*((f, 0) for f in parts), (inverse, 1)],
+                    [*self._joined(n, to=4 + n), stage("multiply", 4 + n, n, 4)], packets, result=4, round=1,
+                    sequence=h * packets if s.heads > 1 else 0,
+                )  # fmt: skip
+            )
+        self.at[op.writes[0]] = Flow(
+            s.heads * packets, tuple(tuple(o.sources[g][0] for o in outs) for g in range(line.groups)), packets,
+            ((),) * line.groups,
+        )  # fmt: skip
+
+    def _cache(self, name: str, width: int) -> tuple[list[list[list[str]]], list[list[list[str]]]]:
+        """Memory units with the keys and the values of each sequence and head, by chunk."""
+        s, dim = self.share, self.model.head_dim
+        found = [
+            [
+                cached(
+                    self.line, f"{name}.{what}{g}", name, what, s.kv_heads, dim, width, self.chunks, self.pitch,
+                    g * s.kv_dim * self.pitch * BF16_BYTES, self.p.lanes, self.cache_gates,
+                )
+                for g in range(self.line.groups)
+            ]
+            for what in ("keys", "values")
+        ]  # fmt: skip
+        return found[0], found[1]
+
+    def _reduce(self, op: Op) -> None:
+        self.at[op.writes[0]] = self.line.all_reduce(op.name, op.name, self.at[op.reads[0]], self.share.sockets)
+
+    def _activation(self, op: Op) -> None:
+        line, m, name = self.line, self.model, op.name
+        n = self.columns(op.reads[0]) // self.p.lanes
+        reads = [(line.read(f"{name}.{t}", name, self.at[t], [(n, 1)]), 0) for t in op.reads]
+        stages, fields = _activation_stages(m.activation, m.gated_mlp)
+        self.at[op.writes[0]] = line.simd(name, name, reads, stages, n, round=1, **fields)
+
+    def _add(self, op: Op) -> None:
+        line, name = self.line, op.name
+        n = self.columns(op.reads[0]) // self.p.lanes
+        reads = [(line.read(f"{name}.{t}", name, self.at[t], [(n, 1)]), 0) for t in op.reads]
+        self.at[op.writes[0]] = line.simd(name, name, reads, self._joined(len(reads)), n, result=4, round=1)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.arch.errors import UserError
-from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOKENS, RduParams
+from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOKENS, TOKENS_HELD, RduParams
 
 __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "stage"]
 
@@ -110,13 +110,17 @@ class Pipeline:
         self.buffers = 2 if blocks > 1 else 1
         self.units: dict[str, _Unit] = {}
         self.sinks: dict[str, list[tuple[str, int]]] = {}
-        self.rates: dict[str, Fraction] = {}
         self.tokens: list[tuple[str, str, int]] = []
         self.arguments: list[Region] = []
+        self.sent: dict[str, int] = {}
+        """Packets of a unit, where they are not what its loops say."""
         self.work: dict[str, int] = {}
         """Iterations of each unit."""
         self.traffic: dict[str, int] = {}
         """Bytes of each gate to memory."""
+        self.extents: dict[str, int] = {}
+        """Bytes of each tensor off chip, as far as it is looked at."""
+        self.tiers: dict[str, str] = {}
 
     # ---- units and wires ----------------------------------------------------------------------------
 
@@ -201,6 +205,9 @@ class Pipeline:
         )  # fmt: skip
         self.work[name] = prod(count for count, _ in loops)
         self.traffic[name] = self.work[name] * (words or self.p.lanes) * BF16_BYTES
+        span = offset + sum((c - 1) * step for c, step in loops) + (words or self.p.lanes) * BF16_BYTES
+        self.extents[tensor] = max(self.extents.get(tensor, 0), span)
+        self.tiers[tensor] = tier
         return name
 
     def store(self, name: str, tag: str, flow: Flow, tensor: str, *, tier: str = "hbm", offset: int = 0, row: int | None = None, column: int | None = None, sign: bool = False) -> tuple[str, ...]:
@@ -217,7 +224,7 @@ class Pipeline:
 
     def read(
         self, name: str, tag: str, flow: Flow, loops: Sequence[tuple[int, int]] | None = None, *, first: int = 0,
-        part: tuple[int, int] = (0, 1), spread: bool = False, after: Sequence[str] = (),
+        part: tuple[int, int] = (0, 1), spread: bool = False, after: Sequence[str] = (), sequence: int = 0,
     ) -> Flow:  # fmt: skip
         """A double buffer of a matrix, and how it is read: columns `first` + sum of counter * step of (count, step).
 
@@ -266,15 +273,16 @@ class Pipeline:
                 write_signal_level=len(write) - len(self._rounds()),
                 **self.chain(name, "read_", [*inner, *self._rounds(slot)]),
                 read_base=part[0] * span + first * scale, read_lane_stride=0 if spread else 1,
-                read_wait_level=len(inner), read_signal_level=len(inner),
+                read_wait_level=len(inner), read_signal_level=len(inner), sequence=sequence,
             )  # fmt: skip
             names.append(unit)
-            self.work[unit] = self.blocks * prod(c for c, _ in inner)
+            self.work[unit] = self.blocks * max(given, prod(c for c, _ in inner))
+            self.sent[unit] = self.blocks * prod(c for c, _ in inner)
             self.wire(f"{unit}.read", f"{unit}.write", self.buffers)
             self.wire(f"{unit}.write", f"{unit}.read")
             if after:
                 self.wire(after[g], f"{unit}.read")
-            if flow.merged:
+            if flow.merged and self.blocks > 1:
                 for reader in flow.readers[g]:
                     self.wire(f"{unit}.write", f"{reader}.read", 1)
             for source in flow.sources[g]:
@@ -284,12 +292,13 @@ class Pipeline:
 
     def simd(
         self, name: str, tag: str, inputs: Sequence[tuple[Flow, int]], stages: Sequence[dict[str, Any]], packets: int,
-        *, result: int = 0, columns: int | None = None, loops: Sequence[int] | None = None, **fields: Any,
+        *, result: int = 0, columns: int | None = None, loops: Sequence[int] | None = None,
+        fold_level: int | None = None, **fields: Any,
     ) -> Flow:  # fmt: skip
         """A SIMD pipeline a group that takes `packets` iterations a block; inputs with the level they are popped at.
 
-        Level 0 is each iteration, and the number of `loops` (by default one) a block. With `fold` a packet leaves a
-        block. A stage for which `group` is given adds that number times the group to its constant.
+        Level 0 is each iteration, and the number of `loops` (by default one) a block. With `fold` a packet leaves at
+        the end of `fold_level`, by default a block. A stage for which `group` is given adds that number times the group to its constant.
         """
         if len(stages) > self.p.stages:
             raise UserError(f"unit {name} needs {len(stages)} stages; a PCU has {self.p.stages}")
@@ -304,7 +313,7 @@ class Pipeline:
                 f"{name}.{g}", "pcu", tag, mode="simd", result=result, send_vector=1, vectors=(1 << len(inputs)) - 1,
                 **{f"vector{i}_level": at for i, (_, at) in enumerate(inputs)},
                 **{f"count{i}": c for i, c in enumerate([*inner, self.blocks])},
-                fold_level=level, signal_level=level, **fields,
+                fold_level=level if fold_level is None else fold_level, signal_level=level, **fields,
             )  # fmt: skip
             names.append(unit)
             self.units[unit].stages = [_grouped(s, g) for s in stages]
@@ -313,7 +322,9 @@ class Pipeline:
                 if flow.merged:
                     raise ValueError(f"unit {name}: what several units give must be buffered")
                 self.feed(flow.sources[g][0], unit, i)
-        out = (1 if fold else prod(inner)) if columns is None else columns
+        out = prod(inner[level if fold_level is None else fold_level :] if fold else inner)
+        if columns is not None:
+            out = columns
         return Flow(out, tuple((n,) for n in names), out, inputs[0][0].readers)
 
     def product(self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[str], columns: int, *, rounded: bool = True) -> Flow:
@@ -336,10 +347,41 @@ class Pipeline:
                 self.work[unit] = max(depth, c) * strips * self.blocks
                 row.append(unit)
             sources.append(tuple(row))
-            self.rates[x.sources[g][0]] = Fraction(1)
-        for weight in weights:
-            self.rates[weight] = Fraction(1)
         return Flow(columns, tuple(sources), strips * c, x.readers)
+
+    def all_reduce(self, name: str, tag: str, flow: Flow, sockets: int) -> Flow:
+        """The sum over sockets of a matrix of which each has a part, by slices of its columns.
+
+        Each socket sends the slices of the others, adds up its own, and sends the sum to the others: 2 (n - 1) / n
+        of the matrix leave it. Sockets do the same at the same time, so each receives just what it sends.
+        """
+        columns, others = flow.columns, sockets - 1
+        if columns % sockets:
+            raise UserError(f"{name}: {columns} columns are no multiple of {sockets} sockets")
+        width = columns // sockets
+
+        def exchanged(what: str, sent: Flow) -> Flow:
+            gates = self.store(f"{name}.{what}.send", tag, sent, f"{name}.{what}", tier="remote")
+            received = self.load(f"{name}.{what}.receive", tag, f"{name}.{what}", sent.columns, tier="remote")
+            for g, gate in enumerate(gates):
+                self.wire(gate, received.sources[g][0])
+            return received
+
+        parts = exchanged("parts", self.read(f"{name}.out", tag, flow, [(width * others, 1)], first=width))
+        each = self.read(f"{name}.parts.in", tag, parts, [(others, width), (width, 1)])
+        total = self.simd(
+            f"{name}.others", tag, [(each, 0)], [], others * width, loops=[others, width], fold="add", fold_level=1
+        )
+        own = self.read(f"{name}.own", tag, flow, [(width, 1)])
+        total = self.simd(f"{name}.sum", tag, [(own, 0), (total, 0)], [stage("add", 0, 1, 4)], width, result=4, round=1)
+        sums = exchanged("sums", self.read(f"{name}.sums.out", tag, total, [(width, 1), (others, 0)]))
+        slices = [self.read(f"{name}.slice0", tag, total, [(width, 1)])]
+        slices += [
+            self.read(f"{name}.slice{i + 1}", tag, sums, [(width, 1)], part=(i, others), sequence=(i + 1) * width)
+            for i in range(others)
+        ]
+        sources = tuple(tuple(s.sources[g][0] for s in slices) for g in range(self.groups))
+        return Flow(columns, sources, width, sources)
 
     # ---- what stays for the whole kernel ------------------------------------------------------------
 
@@ -407,6 +449,65 @@ class Pipeline:
             self.work[unit] = length * self.blocks
         return Flow(length, tuple((n,) for n in names), length)
 
+    def streamed(self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[str, int, str]]]) -> None:
+        """Memory units that are read in the order in which they are filled, from a tensor that holds their contents.
+
+        `shares[i]` are those that one gate to memory fills, (unit, packets, tag), one after the other. Each keeps its
+        range of what goes by. Reading follows writing by one of `TOKENS_HELD` steps, so that what comes first is used
+        while the rest is under way.
+        """
+        lanes = self.p.lanes
+        offset = 0
+        for i, share in enumerate(shares):
+            total = sum(packets for _, packets, _ in share)
+            step = ceil_div(total, TOKENS_HELD)
+            steps = ceil_div(total, step)
+            gate = self.gate(
+                f"{name}.load{i}", tag, "load", "hbm", tensor, offset,
+                [(step, lanes * BF16_BYTES), (steps, step * lanes * BF16_BYTES)],
+            )  # fmt: skip
+            low = 0
+            loops = [(step, lanes), (steps, step * lanes)]
+            for unit, packets, own in share:
+                if packets * lanes > self.capacity:
+                    raise UserError(f"unit {unit}: {packets * lanes} words exceed the {self.capacity} of a PMU")
+                self.unit(
+                    unit, "pmu", own, enable=3, low=low, words=packets * lanes,
+                    **self.chain(unit, "write_", loops), write_signal_level=1,
+                    **self.chain(unit, "read_", loops), read_wait_level=1,
+                )  # fmt: skip
+                self.wire(f"{unit}.write", f"{unit}.read")
+                self.feed(gate, unit)
+                self.work[unit] = total
+                self.sent[unit] = packets
+                low += packets * lanes
+            offset += steps * step * lanes * BF16_BYTES
+
+    def vector_product(
+        self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[Sequence[str]], *, rounded: bool = True
+    ) -> Flow:
+        """A vector times a matrix on SIMD pipelines: lane n adds up x[k] * w[k, n], a packet for each strip of lanes.
+
+        `x` gives a word of the vector to all lanes, depth x strips times; `weights[g]` are units whose streams hold
+        the strips, row after row, one for each unit of the product.
+        """
+        sources = []
+        for g in range(self.groups):
+            row = []
+            for j, weight in enumerate(weights[g]):
+                unit = self.unit(
+                    f"{name}.{g}.{j}", "pcu", tag, mode="simd", vectors=3, send_vector=1, round=int(rounded),
+                    count0=depth, count1=strips, count2=self.blocks, fold="add", fold_level=1, result=4,
+                    sequence=j * strips if len(weights[g]) > 1 else 0,
+                )  # fmt: skip
+                self.units[unit].stages = [stage("multiply", 0, 1, 4)]
+                self.feed(x.sources[g][0], unit, 0)
+                self.feed(weight, unit, 1)
+                self.work[unit] = depth * strips * self.blocks
+                row.append(unit)
+            sources.append(tuple(row))
+        return Flow(len(weights[0]) * strips, tuple(sources), strips, x.readers)
+
     # ---- the section --------------------------------------------------------------------------------
 
     def interval(self) -> tuple[int, list[str]]:
@@ -414,16 +515,24 @@ class Pipeline:
         most = max(self.work.values(), default=0)
         return most, [name for name, n in self.work.items() if n == most]
 
-    def into(self, section: Any) -> None:
-        """Give everything to a section builder (`mappers.rdu.section.Section`)."""
+    def _joins(self, name: str) -> bool:
+        u = self.units[name]
+        return u.kind == "pcu" and u.fields["vectors"] > 1
+
+    def into(self, section: Any, *, alone: bool = True) -> None:
+        """Give everything to a section builder (`mappers.rdu.section.Section`).
+
+        A unit of several inputs takes from all at once: a packet that comes early waits, and so does what is behind
+        it on the way. With `alone` such streams claim whole links, so that none waits for what it holds up itself.
+        """
         most, _ = self.interval()
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=u.tag, **fields)
         for source, sinks in self.sinks.items():
-            rate = self.rates.get(source)
-            if rate is None:
-                rate = min(Fraction(1), Fraction(max(1, self.packets(source)), max(1, most)))
+            rate = min(Fraction(1), Fraction(max(1, self.packets(source)), max(1, most)))
+            if alone and any(self._joins(sink) for sink, _ in sinks):
+                rate = Fraction(1)
             section.stream(source, *sinks, network="vector", rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)
@@ -432,7 +541,7 @@ class Pipeline:
         """Packets that a unit gives in all."""
         u = self.units[name]
         if u.kind != "pcu":
-            return self.work[name]
+            return self.sent.get(name, self.work[name])
         f = u.fields
         counts = [f.get(f"count{n}", 1) for n in range(LEVELS)]
         if f["mode"] == "systolic":

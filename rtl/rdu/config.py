@@ -52,5 +52,3 @@ def configured(m: Module, bus, record: Record, name: str, **at) -> Signal:
     with m.Elif(hit):
         m.d.sync += register.eq(view)
     return register
-
-

@@ -1,6 +1,6 @@
 """A mesh of switches, and the links between them and to the units."""
 
-from amaranth.hdl import Assert, Cat, Module
+from amaranth.hdl import Assert, Cat, Const, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
@@ -11,9 +11,17 @@ from tilewright.rtl.rdu.packet import packet_layout
 from tilewright.rtl.rdu.shared import SharedModule
 from tilewright.rtl.rdu.switch import Switch
 
-__all__ = ["Network", "local_ports"]
+__all__ = ["Network", "local_ports", "total"]
 
 _NORTH, _EAST, _SOUTH, _WEST = range(len(MESH))
+
+
+def total(values):
+    """The sum of any number of values, pair by pair: a chain of thousands is too deep for Amaranth."""
+    values = list(values) or [Const(0)]
+    while len(values) > 1:
+        values = [sum(values[i : i + 2]) for i in range(0, len(values), 2)]
+    return values[0]
 
 
 def local_ports(params: RduParams, network: str, x: int, y: int) -> tuple[int, int]:
@@ -157,6 +165,6 @@ class Network(wiring.Component):
         assert len(links) == self._links()
         m.d.comb += [
             self.quiet.eq(Cat(part.credits == p.fifo_depth for part in links).all()),
-            self.hops.eq(sum(part.i.valid & part.i.ready for part in links)),
+            self.hops.eq(total(part.i.valid & part.i.ready for part in links)),
         ]
         return m

@@ -7,6 +7,7 @@ import numpy as np
 
 from tilewright.arch import rdu as arch
 from tilewright.arch import rdu_host as host
+from tilewright.arch.errors import UserError
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.rtl import rdu
 from tilewright.rtl.cosim.cases import Case, Image, Outcome
@@ -19,7 +20,13 @@ COPIED = ("hbm", "ddr")  # between which the DMA copies
 
 
 def build_rtl(spec: arch.RduSpec, *, depth: int = rdu.CODE_DEPTH, waves: bool = False) -> Build:
-    """The simulator for the structure of `spec`, cached by content."""
+    """The simulator for the structure of `spec`, cached by content. Raises UserError for a grid too large for one."""
+    p = spec.params()
+    if not rdu.whole(p):
+        raise UserError(
+            f"the RTL of a grid is simulated up to {rdu.MOST_POSITIONS} positions, not {p.columns} x {p.rows}: "
+            f"set grid.columns and grid.rows"
+        )
     verilog = to_verilog(rdu.top(spec, depth=depth))
     return build(verilog, top="top", extra_sources=[MODEL, LINES_MODEL], waves=waves)
 
@@ -198,7 +205,8 @@ def _timeline(
     units = [
         name
         for name in names
-        if name.replace("pmu.write", "pmu").replace("pmu.read", "pmu") in tagged or name in ("sequencer", "dma")
+        if name.replace("pmu.write", "pmu").replace("pmu.read", "pmu") in tagged
+        or name in ("sequencer", "dma")
     ]
     table = activity.reshape(len(names), host.ACTIVITIES)[:, : 1 + len(arch.CAUSES)].astype(np.int64)
     counters = np.zeros((n_tags + 1, len(host.COUNTED)), np.int64)

@@ -23,7 +23,7 @@ from tilewright.rtl.rdu.channel import Channel
 from tilewright.rtl.rdu.config import ConfigBus, heard
 from tilewright.rtl.rdu.dma import Dma
 from tilewright.rtl.rdu.lines import LineMemory
-from tilewright.rtl.rdu.network import Network
+from tilewright.rtl.rdu.network import Network, total
 from tilewright.rtl.rdu.sequencer import Sequencer
 from tilewright.rtl.rdu.shared import SharedModule
 from tilewright.rtl.rdu.tile import AgcuTile, PcuTile, PmuTile, metered, probe_bus
@@ -109,16 +109,16 @@ class Top(wiring.Component):
         counts.append(self._own(m, sequencer, probe, "dma", dma.activity))
         self._read(m, decoder, counts, [unit.span for unit in units])
 
-        def total(name):
-            return sum(getattr(tile, name) for tile in tiles.values() if hasattr(tile, name))
+        def all_of(name):
+            return total(getattr(tile, name) for tile in tiles.values() if hasattr(tile, name))
 
         events = {
             "ticks": sequencer.run,
-            "iterations": total("iterates"),
-            "words_read": total("words_read"),
-            "words_written": total("words_written"),
-            "bank_conflicts": total("conflict"),
-            "dropped": total("dropped"),
+            "iterations": all_of("iterates"),
+            "words_read": all_of("words_read"),
+            "words_written": all_of("words_written"),
+            "bank_conflicts": all_of("conflict"),
+            "dropped": all_of("dropped"),
             **{f"{name}_hops": network.hops for name, network in zip(NETWORKS, networks, strict=True)},
             **{f"{tier}_lines": count for tier, count in zip(TIERS, lines, strict=True)},
             "copied_lines": dma.moved,
@@ -319,7 +319,7 @@ class Top(wiring.Component):
                     ]
                     grants[i][k], answers[i][k] = channel.grants[n], channel.answer
                 granted.append(channel.grants.any())
-            moved.append(sum(granted))
+            moved.append(total(granted))
             if copies:
                 reads, writes = dma.source == k, dma.target == k
                 for n in range(p.copy_lines):

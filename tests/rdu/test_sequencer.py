@@ -188,7 +188,10 @@ def copy(lines, p, q, latency, most=3, first=5, to=9):
     dma = part(Dma, lines=most)
 
     async def bench(ctx):
-        ctx.set(dma.operation.as_value(), encoded("COPY", **{"from": first, "to": to, "lines": lines, "source": 1}))
+        ctx.set(
+            dma.operation.as_value(),
+            encoded("COPY", **{"from": first, "to": to, "lines": lines, "source": 1}),
+        )
         ctx.set(dma.p, p)
         ctx.set(dma.q, q)
         ctx.set(dma.latency[1], latency)

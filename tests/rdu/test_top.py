@@ -1,13 +1,18 @@
 """A whole socket under Verilator: sections written record by record, values and ticks derived by hand."""
 
+import re
+
 import numpy as np
 import pytest
 
 from tilewright.arch import rdu
 from tilewright.arch import spec as specs
+from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import ISA, dynamic_flow
 from tilewright.arch.rdu_host import hostmap
+from tilewright.rtl.cosim.verilog import to_verilog
+from tilewright.rtl.rdu import top
 from tilewright.rtl.rdu.run import Case, build_rtl, run_cases
 
 # A grid of PCU (0, 0), PMU (1, 0), PMU (0, 1) and PCU (1, 1); AGCU 0 is west of (0, 0), AGCU 1 east of (1, 0). A line is
@@ -28,8 +33,8 @@ PROGRAM_LOAD, ARGUMENT_LOAD, HOST_LAUNCH, HARDWARE_LAUNCH = 10, 3, 7, 2
 LANES, WEST, EAST, LOCAL = 4, 3, 1, 4  # ports of a switch
 
 
-def small():
-    tree = specs.apply_sets(specs.load_tree("plasticine", ["rdu"]), SETS)
+def small(*sets):
+    tree = specs.apply_sets(specs.load_tree("plasticine", ["rdu"]), [*SETS, *sets])
     return specs.build(rdu.RduSpec, tree, "small")
 
 
@@ -85,7 +90,15 @@ def stream_section():
     return {
         "config.pcu": records(
             "config.pcu",
-            {"mode": "simd", "count0": LINES, "vectors": 1, "result": 0, "send_vector": 1, "flow": 1, "tag": 3},
+            {
+                "mode": "simd",
+                "count0": LINES,
+                "vectors": 1,
+                "result": 0,
+                "send_vector": 1,
+                "flow": 1,
+                "tag": 3,
+            },
         ),
         "config.stage": records(
             "config.stage",
@@ -95,7 +108,15 @@ def stream_section():
         "config.pmu": records(
             "config.pmu",
             {
-                **{"x": 1, "y": 0, "enable": 3, "words": 256, "bank_bit2": 4, "flow": dynamic_flow(0, 0), "tag": 2},
+                **{
+                    "x": 1,
+                    "y": 0,
+                    "enable": 3,
+                    "words": 256,
+                    "bank_bit2": 4,
+                    "flow": dynamic_flow(0, 0),
+                    "tag": 2,
+                },
                 **{f"{side}_{name}": n for side in ("write", "read") for name, n in chain.items()},
                 **{f"{side}_stride0": 4 for side in ("write", "read")},
                 **{f"{side}_stride1": 16 for side in ("write", "read")},
@@ -226,9 +247,7 @@ def persistence_program():
     """One section fills PMU (1, 0), the next one, which names nothing of it but its read side, stores what it holds."""
     pmu = {"x": 1, "y": 0, "words": 256}
     fill = {
-        "config.pmu": records(
-            "config.pmu", {**pmu, "enable": 1, "write_count0": LINES, "write_stride0": 4}
-        ),
+        "config.pmu": records("config.pmu", {**pmu, "enable": 1, "write_count0": LINES, "write_stride0": 4}),
         "config.agcu": records(
             "config.agcu", {**HBM, "agcu": 0, "direction": "load", "flow": dynamic_flow(1, 0), "tag": 1}
         ),
@@ -290,7 +309,9 @@ def test_a_stream_through_a_double_buffer(outcomes):
     t = done.timeline
     expected = dict(case.image)
     expected["hbm"] = case.image["hbm"].copy()
-    expected["hbm"][1024 : 1024 + 16 * LINES] = (2 * np.arange(4 * LINES, dtype=np.float32) + 1).view(np.uint8)
+    expected["hbm"][1024 : 1024 + 16 * LINES] = (2 * np.arange(4 * LINES, dtype=np.float32) + 1).view(
+        np.uint8
+    )
     for tier in rdu.TIERS:
         np.testing.assert_array_equal(done.image[tier], expected[tier])
     expected = scratchpad(np.arange(4 * LINES, dtype=np.float32), bank_bit2=4)
@@ -434,3 +455,15 @@ def test_what_the_machine_can_not_run():
         run_cases(None, [Case(p, long, blank(p))])
     with pytest.raises(ValueError, match="depth must be a power of two, not 48"):
         hostmap(p, 48)
+
+
+def test_a_large_grid_is_written_as_a_region():
+    spec = small("grid.columns=10", "grid.rows=8", "agcu.per_side=8")
+    with pytest.raises(UserError, match="up to 64 positions, not 10 x 8"):
+        build_rtl(spec)
+    text = to_verilog(top(spec))
+    for unit in ("pcu_0_0", "pmu_1_0", "pmu_0_1", "pcu_1_1", "agcu_0", "agcu_1"):
+        assert len(re.findall(rf"^  \w+ {unit} \($", text, re.MULTILINE)) == 1
+    # Equal units share a module.
+    assert len(re.findall(r"^  (PcuTile_\d+) pcu_", text, re.MULTILINE)) == 2
+    assert len(set(re.findall(r"^  (PcuTile_\d+) pcu_", text, re.MULTILINE))) == 1
