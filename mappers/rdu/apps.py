@@ -5,7 +5,8 @@ factors. A tile is double-buffered in a PMU, so that what fills it and what uses
 carry a sum over tiles wait for a token. The network is ours, with hops, where the logs have an ideal point-to-point
 one. Integers of 32 bits, as there. What an application gives to its host is a word of memory here.
 
-Loops are given as (iterations, stride) pairs, innermost first; a stride is in words in PMUs, in bytes off chip.
+All streams are routed as if they moved a packet a tick, so that none shares a link: of two that do, one may wait for
+the other for ever, where a unit takes both. Loops are given as (iterations, stride) pairs, innermost first; a stride is in words in PMUs, in bytes off chip.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,12 @@ __all__ = [
     "LOGGED", "App", "buffer", "dot_product", "gate", "gemm", "mem_reduce", "outer_product", "simple_dot_product",
     "sram_split",
 ]  # fmt: skip
+
+BUFFERS = 4
+"""Of a tile that is written and read in less than SHORT ticks: two hide the work of either side from the other, more also
+hide the way of the tokens. As many as a PMU of Plasticine has (github.com/stanford-ppl/spade @ 5b35e8b CUParams.scala);
+longer tiles have two, in banks of their own."""
+SHORT = 64
 
 Ints = NDArray[np.int32]
 Loops = Sequence[tuple[int, int]]
@@ -114,18 +121,21 @@ def buffer(
     base: int = 0,
     diagonal: int = 0,
 ) -> None:
-    """A PMU that holds tiles of at most `size` words: while one is written, the one before is read.
+    """A PMU that holds tiles of at most `size` words: while one is written, one before is read.
 
-    `write` and `read` are the loops of a tile; `write_lane`, `read_lane` are words from lane to lane, `base`
-    is where writing begins; what is out of range is dropped. With `diagonal`, the words of a row, a column is read at the rate of a row. Of a single tile there is one buffer. Raises UserError
-    where two do not fit.
+    `write` and `read` are the loops of a tile; `write_lane`, `read_lane` are words from lane to lane, `base` is where
+    writing begins; what is out of range is dropped. With `diagonal`, the words of a row, a column is read at the rate
+    of a row. There are two buffers, or up to BUFFERS, as many as divide the tiles; of a single tile there is one. Raises UserError where they do not fit.
     """
     p = s.params
     capacity = p.banks * p.bank_words
     size = _power(size)
-    buffers = next((n for n in range(2, tiles + 1) if tiles % n == 0), 1)
-    if buffers * size > capacity:
-        raise UserError(f"{name}: {buffers} buffers of {size} words; a PMU holds {capacity}")
+    fit = [n for n in range(1, tiles + 1) if tiles % n == 0 and n * size <= capacity]
+    short = max(prod(n for n, _ in write), prod(n for n, _ in read)) < SHORT
+    few = [n for n in fit if n <= (BUFFERS if short else 2)]
+    buffers = few[-1] if few and few[-1] > 1 else fit[1] if len(fit) > 1 else 1
+    if size > capacity or (tiles > 1 and buffers == 1):
+        raise UserError(f"{name}: buffers of {size} words for {tiles} tiles; a PMU holds {capacity} words")
     over = [(buffers, size), (tiles // buffers, 0)] if tiles > 1 else []
     lanes = p.lanes.bit_length() - 1
     s.pmu(
@@ -222,7 +232,7 @@ def _data(rng: np.random.Generator, *shape: int) -> Ints:
 # ---- dot products -------------------------------------------------------------------------------------
 
 
-def _reduction(s: Section, tile: int, step: int, turns: int, outer: int, argument: int) -> None:
+def _reduction(s: Section, turns: int, outer: int, argument: int) -> None:
     """Sums of products over a tile, and over the tiles of all copies; units dot0.. take one or two vectors."""
     s.pcu(
         "sum",
@@ -237,9 +247,9 @@ def _reduction(s: Section, tile: int, step: int, turns: int, outer: int, argumen
         **_counts(turns),
     )
     for u in range(outer):
-        s.stream(f"dot{u}", ("sum", u), network="scalar", rate=step / tile)
+        s.stream(f"dot{u}", ("sum", u), network="scalar")
     gate(s, "result", "store", [(1, 4)], argument=argument, words=1)
-    s.stream("sum", ("result", 0), rate=1 / (turns * tile))
+    s.stream("sum", ("result", 0))
 
 
 def simple_dot_product(params: RduParams, *, n: int = 1024, tile: int = 32, outer: int = 1) -> App:
@@ -278,7 +288,7 @@ def simple_dot_product(params: RduParams, *, n: int = 1024, tile: int = 32, oute
             **_counts(tile, turns),
         )
         s.stream(f"tile{u}", (f"dot{u}", 0))
-    _reduction(s, tile, 1, turns, outer, 0)
+    _reduction(s, turns, outer, 0)
     i = np.arange(n, dtype=np.int64)
     return App(s, {0: 0}, {}, 0, _sum(i * i), tile * turns)
 
@@ -320,7 +330,7 @@ def dot_product(params: RduParams, *, n: int = 1024, tile: int = 32, inner: int 
             )
             s.stream(f"load_{name}{u}", (f"{name}{u}", 0))
             s.stream(f"{name}{u}", (f"dot{u}", k))
-    _reduction(s, tile, inner, turns, outer, 0)
+    _reduction(s, turns, outer, 0)
     rng = np.random.default_rng(0)
     a, b = _data(rng, n), _data(rng, n)
     return App(
@@ -369,8 +379,8 @@ def outer_product(
         )  # fmt: skip
         # A PMU gives vectors only; a word for all lanes comes by the scalar network.
         s.pcu(f"word{u}", tag="rows", mode="simd", vectors=1, send_scalar=1, **_counts(rows * turns))
-        s.stream(f"load_rows{u}", (f"rows{u}", 0), rate=words / (vectors * rows * turns_j))
-        s.stream(f"rows{u}", (f"word{u}", 0), rate=1 / vectors)
+        s.stream(f"load_rows{u}", (f"rows{u}", 0))
+        s.stream(f"rows{u}", (f"word{u}", 0))
         for v in range(outer_columns):
             name = f"{u}_{v}"
             gate(
@@ -382,7 +392,7 @@ def outer_product(
                 s, f"columns{name}", size=columns, tiles=turns, tag="columns", write=[(columns // words, words)],
                 read=[(vectors, p.lanes), (rows, 0)], **lane,
             )  # fmt: skip
-            s.stream(f"load_columns{name}", (f"columns{name}", 0), rate=1 / rows)
+            s.stream(f"load_columns{name}", (f"columns{name}", 0))
             s.pcu(
                 f"product{name}",
                 tag="product",
@@ -411,7 +421,7 @@ def outer_product(
             )  # fmt: skip
             s.stream(f"tile{name}", (f"store{name}", 0))
         s.stream(
-            f"word{u}", *((f"product{u}_{v}", 0) for v in range(outer_columns)), network="scalar", rate=1 / vectors
+            f"word{u}", *((f"product{u}_{v}", 0) for v in range(outer_columns)), network="scalar"
         )
     rng = np.random.default_rng(0)
     a, b = _data(rng, n), _data(rng, n)
@@ -452,7 +462,6 @@ def mem_reduce(params: RduParams, *, size: int = 1024, n: int = 100, outer: int 
         raise UserError(f"outer must be in 1..{p.vector_inputs - 1}, not {outer}")
     s = Section(p, "MemReduceTest")
     passes, slots = ceil(n / outer), size // p.lanes
-    busy = slots / size  # share of ticks in which a tile is added
     _add_tiles(s, "add", outer, slots, passes, 1)
     for u in range(outer):
         stages = [
@@ -472,14 +481,14 @@ def mem_reduce(params: RduParams, *, size: int = 1024, n: int = 100, outer: int 
             write_lane=alone(p),
         )  # fmt: skip
         s.stream(f"fill{u}", (f"tile{u}", 0))
-        s.stream(f"tile{u}", ("add", 1 + u), rate=busy)
+        s.stream(f"tile{u}", ("add", 1 + u))
     accumulator(s, "sum", size=size, passes=passes, tag="add")
     # The sums so far go to both; what is stored is the last.
     buffer(
         s, "total", size=size, tiles=1, tag="add", write=[(slots, p.lanes), (passes, 0)], read=[(slots, p.lanes)]
     )
-    s.stream("sum", ("add", 0), rate=busy)
-    s.stream("add", ("sum", 0), ("total", 0), rate=busy)
+    s.stream("sum", ("add", 0))
+    s.stream("add", ("sum", 0), ("total", 0))
     gate(s, "store", "store", [(slots, 4 * p.lanes)], argument=0, words=p.lanes)
     s.stream("total", ("store", 0))
     return App(s, {0: 0}, {}, 0, np.full(size, n * (n - 1) // 2, np.int32), size * passes)
@@ -566,10 +575,10 @@ def sram_split(
             s.token(f"{name}.write", 0, f"{name}.read", 0)
             s.stream(name, (f"tile{u}", 0), rate=1 / parts)
         s.stream(f"fill{u}", *((f"words{u}_{k}", 0) for k in range(parts)))
-        s.stream(f"tile{u}", (f"copy{u}", 0), network="scalar", rate=read / tile)
-        s.stream(f"copy{u}", ("sum", u), network="scalar", rate=read / (tile * tiles))
+        s.stream(f"tile{u}", (f"copy{u}", 0), network="scalar")
+        s.stream(f"copy{u}", ("sum", u), network="scalar")
     gate(s, "result", "store", [(1, 4)], argument=0, words=1)
-    s.stream("sum", ("result", 0), rate=read / n)
+    s.stream("sum", ("result", 0))
     turns = per_copy[0]
     return App(s, {0: 0}, {}, 0, _sum(np.arange(n)), turns * (tile // write + tile // read))
 
@@ -625,7 +634,6 @@ def gemm(
 
     at_a, at_b, at_c = 0, dim * dim, 2 * dim * dim
     row, line = 4 * dim, 4 * inner
-    share = 1 / (depth * columns)  # of ticks in which a row of A moves
     rows_of = [(ui, u) for ui in range(ii) for u in range(i)]
     columns_of = [(uj, u) for uj in range(jj) for u in range(j)]
     copies = [f"{ui}_{u}_{vj}_{v}" for ui, u in rows_of for vj, v in columns_of]
@@ -656,7 +664,7 @@ def gemm(
                 s, name, size=depth * p.lanes, tiles=rows * tiles, tag="a", write=[(depth, p.lanes)],
                 read=[(depth, p.lanes), (columns, 0)],
             )  # fmt: skip
-            s.stream(f"load_{name}", (name, 0), rate=depth * share)
+            s.stream(f"load_{name}", (name, 0))
             s.stream(name, *((f"dot{ui}_{u}_{vj}_{v}_{q}", 0) for vj, v in columns_of))
         for vj, v in columns_of:
             name = f"b{vj}_{v}_{q}"
@@ -671,7 +679,7 @@ def gemm(
                 read=[(depth, inner * pitch), (inner, 1), (across, p.lanes), (rows, 0)], read_lane=pitch,
                 diagonal=pitch,
             )  # fmt: skip
-            s.stream(f"load_{name}", (name, 0), rate=1 / rows)
+            s.stream(f"load_{name}", (name, 0))
             s.stream(name, *((f"dot{ui}_{u}_{vj}_{v}_{q}", 1) for ui, u in rows_of))
     for ui, u in rows_of:
         for vj, v in columns_of:
@@ -682,24 +690,24 @@ def gemm(
                     s, f"part{name}_{q}", size=slots * p.lanes, tiles=tiles, tag="part",
                     write=[(inner, 1), (slots, p.lanes)], read=[(slots, p.lanes)], write_lane=alone(p),
                 )  # fmt: skip
-                s.stream(f"dot{name}_{q}", (f"part{name}_{q}", 0), rate=1 / depth)
-                s.stream(f"part{name}_{q}", (f"add{name}", 1 + q), rate=1 / tile)
+                s.stream(f"dot{name}_{q}", (f"part{name}_{q}", 0))
+                s.stream(f"part{name}_{q}", (f"add{name}", 1 + q))
             sinks = [(f"c{name}", 0)]
             if passes > 1:
                 accumulator(s, f"sum{name}", size=slots * p.lanes, passes=passes * steps, tag="add")
-                s.stream(f"sum{name}", (f"add{name}", 0), rate=1 / tile)
+                s.stream(f"sum{name}", (f"add{name}", 0))
                 sinks.append((f"sum{name}", 0))
             buffer(
                 s, f"c{name}", size=slots * p.lanes, tiles=steps, tag="c",
                 write=[(slots, p.lanes), (passes, 0)], read=[(slots, p.lanes)],
             )  # fmt: skip
-            s.stream(f"add{name}", *sinks, rate=1 / tile)
+            s.stream(f"add{name}", *sinks)
             gate(
                 s, f"store{name}", "store",
                 [(across, line), (rows, row), (turns_j, 4 * tile * jj), (turns_i, row * tile * ii)],
                 argument=argument(at_c + (ui * tile + first_row[u]) * dim + vj * tile + v * columns), words=inner,
             )  # fmt: skip
-            s.stream(f"c{name}", (f"store{name}", 0), rate=1 / tile)
+            s.stream(f"c{name}", (f"store{name}", 0))
     rng = np.random.default_rng(0)
     a, b = _data(rng, dim, dim), _data(rng, dim, dim)
     c = (a.astype(np.int64) @ b.astype(np.int64)).astype(np.int32)

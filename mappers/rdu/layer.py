@@ -648,17 +648,19 @@ class Vectors:
         Ranges of keys, each with its own units.
     words : int
         Words of weights that a unit should hold: fewer mean more units.
-    gates : int
-        Gates to memory for the weights.
+    gates, cache_gates : int
+        Gates to memory for the weights, and each for the keys and for the values of a sequence.
+    passes : int
+        Kernels that share the columns of the LM head.
     """
 
     def __init__(
         self, params: RduParams, share: Share, *, batch: int = 1, keys: int = 0, pitch: int = 0, chunks: int = 1,
-        words: int = 1, gates: int = 1, cache_gates: int = 1,
+        words: int = 1, gates: int = 1, cache_gates: int = 1, passes: int = 1,
     ) -> None:  # fmt: skip
         self.p, self.share, self.model = params, share, share.model
         self.keys, self.pitch, self.chunks, self.words, self.gates = keys, pitch or keys, chunks, words, gates
-        self.cache_gates = cache_gates
+        self.cache_gates, self.passes = cache_gates, passes
         self.line = Pipeline(params, groups=batch)
         self.at: dict[str, Flow] = {}
         self.banks: list[Bank] = []
@@ -684,7 +686,7 @@ class Vectors:
         s, m = self.share, self.model
         known = {
             "qkv": s.q_dim + 2 * s.kv_dim, "q": s.q_dim + s.kv_dim, "a": s.q_dim, "f": s.inner, "gate_out": s.inner,
-            "up_out": s.inner, "logits": ceil_div(m.vocab, s.sockets),
+            "up_out": s.inner, "logits": ceil_div(m.vocab, s.sockets * self.passes * self.p.lanes) * self.p.lanes,
         }  # fmt: skip
         return known.get(tensor, m.d_model)
 

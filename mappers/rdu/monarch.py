@@ -10,7 +10,8 @@ nothing. The digit by which lanes are cut can't be transformed in them. So there
 which the signal goes through the HBM, stored by one cut and loaded by another: 1..m-1; then m, the spectrum, and the
 inverses of m..2; then the inverse of 1. All is one kernel: a load waits for the tokens of the stores before it.
 
-Matrices, twiddles and spectrum are resident in PMUs. All stages but the first work on a PMU each, without a second
+Matrices, twiddles and spectrum are resident in PMUs. Streams are routed as if they moved a packet a tick, so that none
+shares a link (see `mappers.rdu.apps`). All stages but the first work on a PMU each, without a second
 buffer: it is one signal that passes.
 """
 
@@ -254,25 +255,24 @@ class _Building:
         self.resident[name] = words
         self.section.pmu(name, tag=tag, enable=2, words=len(words), **_loops(loops, "read_"))
 
-    def matrices(self, name: str, step: Step, tag: str, address: int | None) -> None:
-        """The operands of the array's rows, for the PCUs of real and of imaginary parts; from HBM if at an address."""
+    def matrices(self, name: str, lane: int, step: Step, tag: str, loaded: bool) -> None:
+        """The operands of the array's rows, for the PCUs of real and of imaginary parts: resident, or to be loaded."""
         s, radix = self.section, self.shape.radix
         tiles, turns = self.shape.passes(step)
         rows = 2 * radix
         loops = [(rows, radix), (tiles * turns, 0)]
-        for k, part in enumerate(("re", "im")):
-            unit = f"{name}.f_{part}"
-            if address is None:
-                self.constant(unit, _operands(radix, step.inverse)[k], loops, tag)
-                continue
-            s.pmu(
-                unit, tag=tag, enable=3, words=rows * radix, write_count0=rows, write_stride0=radix, write_signal=1,
-                write_signal_level=LEVELS, read_wait=1, read_wait_level=LEVELS, **_loops(loops, "read_"),
-            )  # fmt: skip
-            s.token(f"{unit}.write", 0, f"{unit}.read", 0)
-            at = address + k * rows * radix * ELEMENT
-            self.load(f"{unit}.load", at, [(rows, radix * ELEMENT)])
-            s.stream(f"{unit}.load", unit)
+        for part, words in zip(("re", "im"), _operands(radix, step.inverse), strict=True):
+            unit = f"{name}.f_{part}@{lane}"
+            if not loaded:
+                self.constant(unit, words, loops, tag)
+            else:
+                s.pmu(
+                    unit, tag=tag, enable=3, words=len(words), write_count0=rows, write_stride0=radix,
+                    write_signal=1, write_signal_level=LEVELS, read_wait=1, read_wait_level=LEVELS,
+                    **_loops(loops, "read_"),
+                )  # fmt: skip
+                s.token(f"{unit}.write", 0, f"{unit}.read", 0)
+            s.stream(unit, f"{name}.{part}@{lane}")
 
     def load(self, name: str, address: int, loops: Sequence[tuple[int, int]], **more: int) -> None:
         """An AGCU that reads vectors from HBM."""
@@ -343,16 +343,15 @@ class _Building:
             count0=2,
             count1=sh.packets(step),
         )
-        rate = min(1.0, sh.columns / (2 * sh.radix))
         for i, part in enumerate(("re", "im")):
-            s.stream(f"{name}.{part}@{lane}", (out, i), rate=rate)
+            s.stream(f"{name}.{part}@{lane}", (out, i))
             if factors is not None:
                 across = sh.points if step.read == "vector" else sh.points // sh.radix
                 loops = [(tiles * sh.columns, sh.radix), (turns, across * sh.radix)]
                 beyond = np.zeros((tiles * sh.columns - across) * sh.radix, np.uint32)
                 table = f"{name}.w_{part}@{lane}"
                 self.constant(table, np.concatenate([factors[i].reshape(-1), beyond]), loops, tag)
-                s.stream(table, (out, 2 + i), rate=rate)
+                s.stream(table, (out, 2 + i))
         return out
 
     def barrier(self, name: str, sources: Sequence[str], sinks: Sequence[str]) -> None:
@@ -387,8 +386,6 @@ class _Building:
     ) -> tuple[Layout, list[str]]:
         """Stages in every lane, from `source` to `target`; returns the layout there, and the AGCUs that store."""
         s, sh = self.section, self.shape
-        for k, step in enumerate(steps):
-            self.matrices(f"{name}.{k}", step, _tag(step), matrices)
         loads, stores = [], []
         packet = sh.radix * ELEMENT
         for u in range(sh.radix):
@@ -413,6 +410,7 @@ class _Building:
                 if step.factors is not None:
                     factors = [_lane(part, lane_digit, u, order).view(np.uint32) for part in step.factors]
                 out = self.stage(f"{name}.{k}", u, step, factors, held, tag)
+                self.matrices(f"{name}.{k}", u, step, tag, matrices is not None)
                 at = _after(at, step)
                 if k + 1 < len(steps):
                     held = f"{name}.{k}.x@{u}"
@@ -425,9 +423,13 @@ class _Building:
             stores.append(store)
         for load, u in zip(loads, range(0, sh.radix, share), strict=True):
             s.stream(load, *((f"{name}.x@{v}", 0) for v in range(u, u + share)))
-        for k in range(len(steps)):
-            for part in ("re", "im"):
-                s.stream(f"{name}.{k}.f_{part}", *((f"{name}.{k}.{part}@{u}", 0) for u in range(sh.radix)))
+        if matrices is not None:
+            for k in range(len(steps)):
+                for i, part in enumerate(("re", "im")):
+                    unit = f"{name}.{k}.f_{part}"
+                    at_bytes = matrices + i * 2 * sh.radix * packet
+                    self.load(f"{unit}.load", at_bytes, [(2 * sh.radix, packet)])
+                    s.stream(f"{unit}.load", *(f"{unit}@{u}" for u in range(sh.radix)))
         if waits:
             self.barrier(f"{name}.barrier", waits, loads)
         return at, stores
@@ -629,7 +631,7 @@ def _product(p: RduParams, sh: _Shape, name: str, source: int, table: int, targe
                     s, part, size=radix * radix, tiles=vectors // (2 * radix), tag=name,
                     write=[(2, away), (radix, radix)], read=[(radix, radix)], base=k << ADDRESS_BITS - 1,
                 )  # fmt: skip
-                s.stream(part, (out, 2 * i + k), rate=0.5)
+                s.stream(part, (out, 2 * i + k))
             s.stream(load, *parts)
         store = f"store@{u}"
         b.store(store, target + u * sh.lane_bytes, [(vectors, packet)])

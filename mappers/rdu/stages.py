@@ -22,7 +22,7 @@ import numpy as np
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOKENS, TOKENS_HELD, RduParams
 
-__all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "stage"]
+__all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column", "stage"]
 
 BF16_BYTES = 2
 _RING = 1 << ADDRESS_BITS
@@ -53,6 +53,15 @@ def stage(operation: str, a: int, b: int | float | str = 0, to: int = 0, *, kind
     return out | fields
 
 
+def first_column(unit: int, units: int, width: int, columns: int) -> int:
+    """The first of the `width` columns of a product that a unit gives: the last unit ends with the last column.
+
+    >>> [first_column(i, 3, 4, 10) for i in range(3)]
+    [0, 4, 6]
+    """
+    return min(unit * width, columns - width) if units > 1 else 0
+
+
 @dataclass(frozen=True)
 class Region:
     """What an argument register points to: a place in a tensor off chip, in bytes from its start."""
@@ -65,8 +74,8 @@ class Region:
 class Flow:
     """A matrix on its way, of `columns` columns a block.
 
-    `sources[g]` are the units that give the blocks of group g, each `each` packets a block; the last of them may be
-    beyond the columns. `readers[g]` begin each block, so that they can hold it back.
+    `sources[g]` are the units that give the blocks of group g, each `each` packets a block; some columns may come
+    twice, or what comes last be beyond the columns. `readers[g]` begin each block, so that they can hold it back.
     """
 
     columns: int
@@ -235,7 +244,7 @@ class Pipeline:
         given = len(flow.sources[0]) * flow.each
         if flow.merged and part != (0, 1):
             raise ValueError("what several units give has no parts")
-        width = ceil_div(given, part[1])
+        width = max(flow.columns, flow.each) if flow.merged else ceil_div(given, part[1])
         words = width * lanes
         slot = 1 << (words - 1).bit_length()
         bits: dict[str, int] = {}
@@ -249,7 +258,7 @@ class Pipeline:
             raise UserError(
                 f"buffer {name}: {self.buffers} x {width} columns of {lanes} rows are {span} words; a PMU has {self.capacity}"
             )
-        if flow.merged and self.blocks * flow.each + given > 1 << SEQUENCE_BITS:
+        if flow.merged and self.blocks * flow.each + width > 1 << SEQUENCE_BITS:
             raise UserError(
                 f"buffer {name}: {self.blocks} blocks of {flow.each} columns run through the {1 << SEQUENCE_BITS} "
                 "sequence ids; use more groups or smaller tiles"
@@ -330,7 +339,8 @@ class Pipeline:
     def product(self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[str], columns: int, *, rounded: bool = True) -> Flow:
         """A matrix product on systolic arrays: each unit multiplies the block with `strips` strips of columns.
 
-        `x` is read depth x strips times a block; `weights` are memory units whose streams hold the strips in order.
+        `x` is read depth x strips times a block; `weights` are memory units whose streams hold the strips in order,
+        of the columns from `first_column` on.
         """
         c = self.p.stages
         sources = []
@@ -340,7 +350,7 @@ class Pipeline:
                 unit = self.unit(
                     f"{name}.{g}.{j}", "pcu", tag, mode="systolic", vectors=3, send_vector=1, round=int(rounded),
                     count0=depth, count1=strips, count2=self.blocks, fold_level=1,
-                    sequence=j * strips * c if len(weights) > 1 else 0,
+                    sequence=first_column(j, len(weights), strips * c, columns),
                 )  # fmt: skip
                 self.feed(x.sources[g][0], unit, 0)
                 self.feed(weight, unit, 1)
@@ -416,7 +426,8 @@ class Pipeline:
     def weights(self, name: str, tag: str, tensor: str, depth: int, strips: int, units: int, gates: int) -> list[str]:
         """Memory units with `strips` strips each of a weight matrix, filled through `gates` gates.
 
-        The tensor holds strip after strip, row after row of it, as many columns as the array has.
+        The tensor holds strip after strip, row after row of it, as many columns as the array has; which columns are a
+        unit's tells `first_column`.
         """
         c = self.p.stages
         names = [f"{name}.w{j}" for j in range(units)]

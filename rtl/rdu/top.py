@@ -1,6 +1,6 @@
 """The socket behind a host port."""
 
-from amaranth.hdl import Array, Assert, C, Cat, Module, Mux, Signal
+from amaranth.hdl import Array, C, Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Out, connect, flipped

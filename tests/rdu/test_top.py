@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from tests.rdu.units import packet, simulate
 from tilewright.arch import rdu
 from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
@@ -14,6 +15,7 @@ from tilewright.arch.rdu_host import hostmap
 from tilewright.rtl.cosim.verilog import to_verilog
 from tilewright.rtl.rdu import top
 from tilewright.rtl.rdu.run import Case, build_rtl, run_cases
+from tilewright.rtl.rdu.switch import Switch
 
 # A grid of PCU (0, 0), PMU (1, 0), PMU (0, 1) and PCU (1, 1); AGCU 0 is west of (0, 0), AGCU 1 east of (1, 0). A line is
 # 16 bytes, a tick is 1 ns. HBM moves a line a tick, its latency is 5 ticks.
@@ -21,7 +23,7 @@ SETS = [
     *("grid.columns=2", "grid.rows=2", "agcu.per_side=1", "agcu.in_flight=8"),
     *("pcu.lanes=4", "pcu.stages=2", "pcu.registers=8", "pcu.vector_inputs=2", "pcu.scalar_inputs=1"),
     *("pcu.systolic=true", "pcu.exp_terms=2", "pcu.reciprocal_iterations=1", "pcu.rsqrt_iterations=1"),
-    *("pmu.banks=8", "pmu.bytes=2048", "network.flows=8", "network.fifo_depth=4"),
+    *("pmu.banks=8", "pmu.bytes=2048", "network.flows=8", "network.fifo_depth=4", "network.credit_cycles=3"),
     *("memory.hbm.bytes=2048", "memory.hbm.gb_per_s=16", "memory.hbm.latency_ns=5"),
     *("memory.ddr.bytes=2048", "memory.ddr.channels=4", "memory.ddr.latency_ns=9"),
     # One beat of two lines in three ticks.
@@ -108,15 +110,13 @@ def stream_section():
         "config.pmu": records(
             "config.pmu",
             {
-                **{
-                    "x": 1,
-                    "y": 0,
-                    "enable": 3,
-                    "words": 256,
-                    "bank_bit2": 4,
-                    "flow": dynamic_flow(0, 0),
-                    "tag": 2,
-                },
+                "x": 1,
+                "y": 0,
+                "enable": 3,
+                "words": 256,
+                "bank_bit2": 4,
+                "flow": dynamic_flow(0, 0),
+                "tag": 2,
                 **{f"{side}_{name}": n for side in ("write", "read") for name, n in chain.items()},
                 **{f"{side}_stride0": 4 for side in ("write", "read")},
                 **{f"{side}_stride1": 16 for side in ("write", "read")},
@@ -145,8 +145,8 @@ LAUNCH = ("PROGRAM_LOAD", {"section": 0}), ("ARGUMENT_LOAD", {"section": 0}), ("
 # The kernel's ticks: the load is granted at 0 .. 7; packets leave 5 + 2 ticks later and pass 3 links, so that the PMU takes
 # them at 10 .. 17. The fourth is in its bank at 14, its token at the read side at 15, and counts from 16. So reading takes
 # 16 .. 23; 3 ticks later packets leave, 3 links on the PCU takes them at 22 .. 29, and 1 + 2 + 1 ticks on they leave,
-# to be at AGCU 1 from 29 .. 36. The last line is written at 37, and 38 finds everything quiet.
-KERNEL = 38
+# to be at AGCU 1 from 29 .. 36. The last line is written at 37; the credit of its packet, which was taken at 36, is back at 39, which finds everything quiet.
+KERNEL = 39
 # Issue, latency, records; the kernel's last tick finds it quiet.
 LOADED = 1 + PROGRAM_LOAD + RECORDS
 ARGUED = LOADED + 1 + ARGUMENT_LOAD + 2
@@ -342,7 +342,7 @@ def test_counters_and_stalls_of_a_stream(outcomes):
         "launches": 1,
     }
     launch = ENDED - KERNEL - 1
-    after = 2  # the kernel's last tick, and the run's
+    after = 3  # for the last credit, the kernel's last tick, and the run's
     pcu = {name: n for name, n in t.unit("pcu@0,0").items() if n}
     # It waits for operands up to 22, for the last result to leave in 30 .. 33.
     assert pcu == {"busy": 8, "operand": 22, "pipeline": 4, "launch": launch, "idle": 4 + after}
@@ -412,10 +412,10 @@ def test_a_product_of_matrices(outcomes):
     # Column by column, each a line.
     np.testing.assert_array_equal(stored(done, 32, 8).reshape(2, 4), (a @ b).T)
     # Operands are read at 0 .. 5, at the PCU 3 + 3 ticks later. Iterations 6 .. 11, the sums 3 ticks behind the last;
-    # columns leave at 15 and 16, are at the AGCU at 18 and 19 and written at 19 and 20; 21 finds all quiet.
+    # columns leave at 15 and 16, are at the AGCU at 18 and 19 and written at 19 and 20; the last credit is back at 22.
     records = 1 + 2 + 2 + 1
     loads = 1 + PROGRAM_LOAD + records + 1 + ARGUMENT_LOAD + 1
-    assert done.timeline.ticks == loads + 1 + HOST_LAUNCH + 21 + 1 + 1
+    assert done.timeline.ticks == loads + 1 + HOST_LAUNCH + 22 + 1 + 1
     assert done.timeline.counter("iterations") == K
     assert done.timeline.counter("hbm_lines") == 2
 
@@ -455,6 +455,27 @@ def test_what_the_machine_can_not_run():
         run_cases(None, [Case(p, long, blank(p))])
     with pytest.raises(ValueError, match="depth must be a power of two, not 48"):
         hostmap(p, 48)
+
+
+def test_a_kernel_begins_with_the_first_input_of_every_arbiter():
+    """Inputs 0 and 1 of a switch want output 2, before and behind a start: input 1's turn is forgotten."""
+    switch = Switch(lanes=1, local_in=1, local_out=1, flows=2)
+    taken = []
+
+    async def bench(ctx):
+        ctx.set(switch.y, 1)
+        ctx.set(switch.out_2.ready, 1)
+        for i in range(2):
+            port = getattr(switch, f"in_{i}")
+            ctx.set(port.payload, packet([i], flow=dynamic_flow(0, 2)))
+            ctx.set(port.valid, 1)
+        for start in (0, 1, 0, 0):
+            ctx.set(switch.start, start)
+            taken.append(ctx.get(switch.out_2.payload.data[0]))
+            await ctx.tick()
+
+    simulate(switch, bench)
+    assert taken == [0, 1, 0, 1]
 
 
 def test_a_large_grid_is_written_as_a_region():
