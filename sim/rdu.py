@@ -11,14 +11,14 @@ kernel recurs, its periods are taken in one step, as many as no counter ends in.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewright.arch import rdu as arch
 from tilewright.arch.errors import UserError
-from tilewright.arch.isa import Program, Segment
+from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.arch.trace import LOG
@@ -61,15 +61,12 @@ def execute(
     Raises UserError for a deadlock, for too many control tokens at an input, and for an access of an AGCU across
     lines.
     """
-    return _run(build(p, records, args or {}, older=older, fold=fold), records, p, fold)
+    return _run(build(p, records, args or {}, older=older, fold=fold), p, fold)
 
 
-def _run(kernel: Kernel, records: Mapping[str, np.ndarray], p: arch.RduParams, fold: bool) -> Execution:
+def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
     m = kernel.machine
-    if fold:
-        engine.run_folded(m, engine.snapshot(m), kernel.bits)
-    else:
-        engine.run(m, kernel.bits)
+    engine.run(m, engine.snapshot(m) if fold else m, kernel.bits, fold)
     _check(kernel, p)
     engine.close(m)
     counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)
@@ -107,7 +104,9 @@ def _check(kernel: Kernel, p: arch.RduParams) -> None:
     many = [i for i, row in enumerate(m.queue) if row[engine.GIVEN] - row[engine.TAKEN] > arch.TOKENS_HELD]
     if m.clock[engine.FAULT] == engine.TOKENS_FAULT or many:
         unit, source = kernel.waits[many[0] if many else at]
-        raise UserError(f"{unit}: more than {arch.TOKENS_HELD} control tokens from {source} are held at one input")
+        raise UserError(
+            f"{unit}: more than {arch.TOKENS_HELD} control tokens from {source} are held at one input"
+        )
     waiting = _waiting(kernel)
     if waiting:
         more = f", and {len(waiting) - 8} more" if len(waiting) > 8 else ""
@@ -115,56 +114,41 @@ def _check(kernel: Kernel, p: arch.RduParams) -> None:
 
 
 def _waiting(kernel: Kernel) -> list[str]:
-    """What each unit waits for that is not done, and where packets are left."""
+    """What each unit waits for that is not done; where all are, the packets that are left."""
     m = kernel.machine
-    senders = kernel.senders()
-    takers: dict[int, list[str]] = {}
-    out: list[str] = []
-    stuck = [i for i, row in enumerate(m.link) if row[engine.LEVEL]]
-
-    def token(chain: int) -> str:
-        row = m.chain[chain]
-        names = {
-            kernel.waits[row[engine.QUEUE + n]][1] or "nobody"
-            for n in range(arch.TOKENS)
-            if row[engine.WAIT] >> n & 1
-            and m.queue[row[engine.QUEUE + n], engine.GIVEN] == m.queue[row[engine.QUEUE + n], engine.TAKEN]
-        }
-        return ", ".join(sorted(names))
-
-    def wait(chain: int, inputs: list[int], outputs: list[int]) -> None:
-        cause = arch.CAUSES[m.chain[chain, engine.CAUSE] - 1]
-        if cause == "token":
-            what = f"a token of {token(chain)}"
-        elif cause == "operand":
-            empty = sorted({senders[k] or "nobody" for k in inputs if not m.link[k, engine.LEVEL]})
-            what = f"packets of {', '.join(empty)}"
-        elif cause in ("output", "drain"):
-            full = sorted({name for k in outputs for name in takers.get(k, ["a switch"])})
-            what = f"room at {', '.join(full)}"
-        else:
-            return
-        out.append(f"{kernel.units[chain]} waits for {what}")
-
-    ends: list[tuple[int, list[int], list[int]]] = []
+    givers, takers = kernel.parties()
+    ends: list[tuple[int, list[int], list[int]]] = []  # chain, links in, links out
     for row in m.pcu:
-        inputs = [int(k) for k in row[engine.INPUT : engine.INPUT + row[engine.INPUTS_USED]]]
-        ends.append((row[engine.UNIT], inputs, [row[engine.VECTOR], row[engine.SCALAR]]))
+        used = row[engine.INPUT : engine.INPUT + row[engine.INPUTS_USED]]
+        ends.append((row[engine.UNIT], list(used), [row[engine.VECTOR], row[engine.SCALAR]]))
     for row in m.pmu:
-        ends.append((row[engine.SIDE], [int(row[engine.FED])], []))
+        ends.append((row[engine.SIDE], [row[engine.FED]], []))
         ends.append((row[engine.SIDE + 1], [], [row[engine.GIVES]]))
     for row in m.agcu:
-        port = [int(row[engine.PORT])]
-        ends.append((row[engine.AGCU], port if row[engine.STORE] else [], [] if row[engine.STORE] else port))
-    for chain, inputs, _ in ends:
-        for k in inputs:
-            takers.setdefault(k, []).append(kernel.units[chain])
+        port, store = [row[engine.PORT]], row[engine.STORE]
+        ends.append((row[engine.AGCU], port if store else [], [] if store else port))
+
+    def names(groups: list[list[str]]) -> str:
+        return ", ".join(sorted({name for group in groups for name in group})) or "nobody"
+
+    out = []
     for chain, inputs, outputs in ends:
-        wait(chain, inputs, [k for k in outputs if k >= 0])
-    if stuck and not out:
-        names = sorted({senders[k] for k in stuck})
-        to = sorted({name for k in stuck for name in takers.get(k, ["no unit"])})
-        out.append(f"packets of {', '.join(names)} are left, for {', '.join(to)}")
+        row = m.chain[chain]
+        cause = arch.CAUSES[row[engine.CAUSE] - 1]
+        if cause == "token":
+            queues = [row[engine.QUEUE + n] for n in range(arch.TOKENS) if row[engine.WAIT] >> n & 1]
+            empty = [k for k in queues if m.queue[k, engine.GIVEN] == m.queue[k, engine.TAKEN]]
+            what = f"a token of {', '.join(sorted({kernel.waits[k][1] or 'nobody' for k in empty}))}"
+        elif cause == "operand":
+            what = f"packets of {names([givers[k] for k in inputs if not m.link[k, engine.LEVEL]])}"
+        elif cause in ("output", "drain"):
+            what = f"room on the way to {names([takers[k] for k in outputs if k >= 0])}"
+        else:
+            continue
+        out.append(f"{kernel.units[chain]} waits for {what}")
+    if not out:
+        for k in np.flatnonzero(m.link[:, engine.LEVEL]):
+            out.append(f"packets of {names([givers[k]])} are left for {names([takers[k]])}")
     return out
 
 
@@ -238,7 +222,10 @@ def simulate(
     """
     segments = list(program.segments)
     regions = [segment.regions for segment in segments]
-    highest = max((int(r[f]["tag"].max(initial=-1)) for r in regions for f in r if "tag" in (r[f].dtype.names or ())), default=-1)
+    highest = max(
+        (int(r[f]["tag"].max(initial=-1)) for r in regions for f in r if "tag" in (r[f].dtype.names or ())),
+        default=-1,
+    )
     n_tags = max(len(program.tags), highest + 1)
     run = _Run(p, n_tags)
     run.unit("sequencer")
@@ -301,7 +288,9 @@ def simulate(
                 if len(logs) < trace:
                     logs.append((number, index, tag, int(row["op"]), issued, end))
         if rows:
-            spans.append(fold_spans(*(np.array(column, np.int64) for column in zip(*rows, strict=True)), number))
+            spans.append(
+                fold_spans(*(np.array(column, np.int64) for column in zip(*rows, strict=True)), number)
+            )
         if progress:
             progress(number + 1, steps)
     run.charge(-1, _MEMORY, _IDLE, max(run.dma_idle - run.now, 0))
@@ -369,7 +358,7 @@ class _Loaded:
         if fold and key in memo:
             return memo[key]
         kernel = build(p, self.records, self.args, older=self.tables, fold=fold)
-        out = _run(kernel, self.records, p, fold)
+        out = _run(kernel, p, fold)
         if kernel.own:
             memo[key] = out
         return out

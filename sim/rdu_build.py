@@ -39,8 +39,8 @@ class Kernel:
     """What a kernel's execution runs on.
 
     `units` are the names of the chains' units and `tags` their tags. `routes` are for each source of packets
-    (chain, link, network, links of its tree), `tiers` the memories of the AGCUs. For errors, `senders` gives for each
-    link the units whose packets it takes, and `waits` are for each token queue its unit and the one that signals.
+    (chain, link, network, links of its tree), `tiers` the memories of the AGCUs. For errors, `parties` gives for
+    each link the units whose packets it takes and those that these are for, and `waits` are for each token queue its unit and the one that signals.
     `own` says whether no switch table but the given records' was looked up.
     """
 
@@ -49,14 +49,16 @@ class Kernel:
     tags: tuple[int, ...]
     routes: tuple[tuple[int, int, int, int], ...]
     tiers: tuple[int, ...]
-    senders: Callable[[], list[str]]
+    parties: Callable[[], tuple[list[list[str]], list[list[str]]]]
     waits: tuple[tuple[str, str], ...]
     own: bool
     bits: int
 
 
 class _Builder:
-    def __init__(self, p: arch.RduParams, records: Mapping[str, np.ndarray], tables: Tables, base: Mapping, fold):
+    def __init__(
+        self, p: arch.RduParams, records: Mapping[str, np.ndarray], tables: Tables, base: Mapping, fold
+    ):
         self.p, self.tables, self.base, self.fold = p, tables, base, fold
         self.units: list[str] = []
         self.tags: list[int] = []
@@ -90,7 +92,9 @@ class _Builder:
         if key in self.link_of:
             return self.link_of[key]
         if port >= LOCAL:
-            return self._link(key, ("unit", ("pcu" if arch.is_pcu(x, y) else "pmu", x, y), port - LOCAL), p.hop)
+            return self._link(
+                key, ("unit", ("pcu" if arch.is_pcu(x, y) else "pmu", x, y), port - LOCAL), p.hop
+            )
         dx, dy = STEP[port]
         nx, ny = x + dx, y + dy
         if 0 <= nx < p.columns and 0 <= ny < p.rows:
@@ -161,7 +165,9 @@ class _Builder:
                 f"{arch.NETWORKS[network]} inputs number {inputs}"
             )
 
-    def _inject(self, node: int, chain: int, name: str, network: int, sink: tuple, flow: int) -> tuple[int, int]:
+    def _inject(
+        self, node: int, chain: int, name: str, network: int, sink: tuple, flow: int
+    ) -> tuple[int, int]:
         """Link and flow number of what a unit sends."""
         link = self._link(("in", network, name), sink, self.p.hop)
         self.links[link].source = name
@@ -230,7 +236,9 @@ class _Builder:
             name = f"pcu@{x},{y}"
             systolic = mode == arch.MODES.index("systolic")
             if systolic and not p.systolic:
-                raise UserError(f"{name}: mode systolic, but the machine has no systolic arrays (pcu.systolic)")
+                raise UserError(
+                    f"{name}: mode systolic, but the machine has no systolic arrays (pcu.systolic)"
+                )
             folds, tree = r["fold"][i] != 0, r["tree"][i] != 0
             function, gated = r["function"][i], r["gated"][i]
             if gated and (systolic or folds or tree):
@@ -241,7 +249,9 @@ class _Builder:
             node = self.node_of["pcu", x, y] = self._node(e.PCU, len(self.pcu))
             row[e.UNIT], row[e.SYSTOLIC] = chain, int(systolic)
             tail = arch.tail_latency(p, function)
-            row[e.LATENCY] = arch.TAIL + tail if systolic else arch.simd_latency(p, folds, tree, function, gated)
+            row[e.LATENCY] = (
+                arch.TAIL + tail if systolic else arch.simd_latency(p, folds, tree, function, gated)
+            )
             row[e.FILL] = arch.systolic_fill(p) - 1
             row[e.COLUMNS] = p.stages
             row[e.FINAL] = r["fold_level"][i] if systolic or folds else 0
@@ -490,7 +500,10 @@ class _Builder:
         self._agcus(args)
         queues, wires = self._tokens()
         for row, at, key in (*self.inputs, *self.stores):
-            row[at] = self.link_of[key] if key in self.link_of else self._link(key, ("unit", ("", 0), 0), p.hop)
+            row[at] = (
+                self.link_of[key] if key in self.link_of else self._link(key, ("unit", ("", 0), 0), p.hop)
+            )
+        self.link_ends = [_unit_name(link.sink) for link in self.links]
         stands = self._joined()
 
         # Links that remain, and switches: what shares an input or an output.
@@ -582,27 +595,34 @@ class _Builder:
             tuple(self.tags),
             tuple((chain, number[k], network, hops) for chain, k, network, hops in self.routes),
             tuple(self.tiers),
-            lambda: self._senders(kept, stands),
+            lambda: self._parties(kept, stands),
             tuple(self.waits),
             self.own,
             p.banks.bit_length() - 1,
         )
 
-    def _senders(self, kept: list[int], stands: list[int]) -> list[str]:
-        """For each link the units whose packets it takes, by name."""
-        names: dict[int, list[str]] = {k: [] for k in kept}
-        on: dict[int, list[int]] = {}
-        for flow, link in enumerate(self.flow_link):
-            on.setdefault(link, []).append(flow)
-        for _, k, _, _ in self.routes:
-            source, left = self.links[k].source, list(on[k])
+    def _parties(self, kept: list[int], stands: list[int]) -> tuple[list[list[str]], list[list[str]]]:
+        """For each link the units whose packets it takes, and those that they are for, by name."""
+        sources: list[set[str]] = [set() for _ in self.flows]
+        ends: list[set[str]] = [set() for _ in self.flows]
+        following = [[self.known[hop] for hop in hops.items()] for hops in self.flows]
+        for _, link, _, _ in self.routes:
+            left = [f for f, k in enumerate(self.flow_link) if k == link]
+            order = []
             while left:
                 flow = left.pop()
-                at = names[stands[self.flow_link[flow]]]
-                if source not in at:
-                    at.append(source)
-                left += [self.known[hop] for hop in self.flows[flow].items()]
-        return [", ".join(names[k]) for k in kept]
+                sources[flow].add(self.links[link].source)
+                order.append(flow)
+                left += following[flow]
+            for flow in reversed(order):
+                sink = self.link_ends[self.flow_link[flow]]
+                ends[flow] |= {sink} if sink else set[str]().union(*(ends[f] for f in following[flow]))
+        give: dict[int, set[str]] = {k: set() for k in kept}
+        take: dict[int, set[str]] = {k: set() for k in kept}
+        for flow, link in enumerate(self.flow_link):
+            give[stands[link]] |= sources[flow]
+            take[stands[link]] |= ends[flow]
+        return [sorted(give[k]) for k in kept], [sorted(take[k]) for k in kept]
 
     def _machine(self, queues, wires, links, slots, switches, ports, flow_out, flow_next) -> e.Machine:
         n_nodes = len(self.nodes)
@@ -675,6 +695,14 @@ class _Builder:
         )
 
 
+def _unit_name(sink: tuple) -> str:
+    """The unit that a link ends at, "" for a switch."""
+    if sink[0] == "switch":
+        return ""
+    kind, *place = sink[1]
+    return f"{'pmu.write' if kind == 'pmu' else kind}@{','.join(map(str, place))}"
+
+
 def build(
     p: arch.RduParams,
     records: Mapping[str, np.ndarray],
@@ -697,4 +725,6 @@ def switch_tables(records: Mapping[str, np.ndarray]) -> Tables:
     if rows is None:
         return {}
     columns = [rows[f].tolist() for f in ("network", "x", "y", "port", "flow", "out", "next_flow")]
-    return {key: (out, following) for *key_, out, following in zip(*columns, strict=True) for key in [tuple(key_)]}
+    return {
+        key: (out, following) for *key_, out, following in zip(*columns, strict=True) for key in [tuple(key_)]
+    }

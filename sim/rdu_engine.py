@@ -391,7 +391,7 @@ def _due(m, row, ring, slip):
     return m.ring[row[ring] + (row[ring + 2] & row[ring + 1])] + slip
 
 
-@njit(**CALLED)
+@njit(**INNER)
 def pcu_tick(m, node, i, t):
     row = m.pcu[i]
     chain = row[UNIT]
@@ -591,7 +591,7 @@ def _ones(x):
     return np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@njit(**CALLED)
+@njit(**INNER)
 def pmu_tick(m, node, i, t, bits):
     row = m.pmu[i]
     write, read = row[SIDE], row[SIDE + 1]
@@ -714,9 +714,38 @@ def pmu_tick(m, node, i, t, bits):
 # ---- switches -----------------------------------------------------------------------------------------
 
 
-@njit(**CALLED)
+@njit(**INNER)
+def _fork(m, node, link, first_out, outs, t):
+    """A switch with one input, where nobody else wants an output."""
+    row = m.link[link]
+    head = _head(m, link)
+    if head > t:
+        _wake_known(m, node, head)
+        return
+    item = m.items[row[BASE] + row[READ]]
+    wants = m.flow_out[item >> 16] & ~row[SENT]
+    for o in range(outs):
+        if wants >> o & 1:
+            out = m.ports[first_out + o]
+            room = _room(m, out, t)
+            if room <= t:
+                _push(m, out, t, m.flow_next[item >> 16, o] << 16 | item & 0xFFFF)
+                wants ^= 1 << o
+                row[SENT] |= 1 << o
+            else:
+                _wake_known(m, node, room)
+    if not wants:
+        row[SENT] = 0
+        _pop(m, link, t)
+        _wake_known(m, node, max(_head(m, link), t + 1))
+
+
+@njit(**INNER)
 def switch_tick(m, node, s, t):
     first, ins, first_out, outs = m.switch[s]
+    if ins == 1:
+        _fork(m, node, m.ports[first], first_out, outs, t)
+        return
     for i in range(ins):
         link = m.ports[first + i]
         row = m.link[link]
@@ -865,7 +894,7 @@ def _agcu_acts(m, node, row, t):
         _wake_known(m, node, max(_due(m, row, AGCU_RING, 0), t + 1))
 
 
-@njit(**CALLED)
+@njit(**INNER)
 def group_tick(m, node, g, t):
     """A channel and its AGCUs."""
     group = m.group[g]
@@ -893,7 +922,7 @@ def group_tick(m, node, g, t):
 # ---- the run ------------------------------------------------------------------------------------------
 
 
-@njit(**CALLED)
+@njit(**INNER)
 def _lowest(x):
     """The number of the lowest bit that is set."""
     return _ones((x & -x) - np.uint64(1))
@@ -930,15 +959,6 @@ def tick(m, bits):
 
 
 @njit(cache=True)
-def run(m, bits):
-    """Tick by tick, until nothing is scheduled or something is wrong."""
-    asleep = 0
-    while asleep < WHEEL and not m.clock[FAULT]:
-        asleep = 0 if tick(m, bits) else asleep + 1
-        m.clock[NOW] += 1
-
-
-@njit(cache=True)
 def close(m):
     """Account for all ticks up to the one that finds everything quiet."""
     for chain in range(len(m.chain)):
@@ -950,7 +970,18 @@ def close(m):
 
 def snapshot(m: Machine) -> Machine:
     """Room for a copy of a machine's state."""
-    fixed = ("kind", "index", "wire", "wire_queue", "wire_ticks", "switch", "ports", "flow_out", "flow_next", "tables")
+    fixed = (
+        "kind",
+        "index",
+        "wire",
+        "wire_queue",
+        "wire_ticks",
+        "switch",
+        "ports",
+        "flow_out",
+        "flow_next",
+        "tables",
+    )
     return Machine(*(a if name in fixed else a.copy() for name, a in zip(Machine._fields, m, strict=True)))
 
 
@@ -1021,7 +1052,9 @@ def _same_pcu(m, s, i):
     mask = m.clock[SEQUENCE_MASK]
     if a[PARTS] != b[PARTS] or a[LEFT] != b[LEFT] or (a[SEQUENCE] ^ b[SEQUENCE]) & mask:
         return False
-    return _same_ring(m, s, a, b, RING, SLIP, FROZEN) and _same_ring(m, s, a, b, ARRAY, ARRAY_SLIP, ARRAY_FROZEN)
+    return _same_ring(m, s, a, b, RING, SLIP, FROZEN) and _same_ring(
+        m, s, a, b, ARRAY, ARRAY_SLIP, ARRAY_FROZEN
+    )
 
 
 @njit(**CALLED)
@@ -1157,28 +1190,33 @@ def _leap(m, s, times):
         if b[STEPS] != a[STEPS]:
             b[STEPS] += (b[STEPS] - a[STEPS]) * times
             b[END] += period * times
-    for a, b in zip(s.pcu, m.pcu):
+    for i in range(len(m.pcu)):
+        a, b = s.pcu[i], m.pcu[i]
         b[SEQUENCE] = (b[SEQUENCE] + (b[SEQUENCE] - a[SEQUENCE]) * times) & 0xFFFF
-    for a, b in zip(s.pmu, m.pmu):
+    for i in range(len(m.pmu)):
+        a, b = s.pmu[i], m.pmu[i]
         b[PMU_SEQUENCE] = (b[PMU_SEQUENCE] + (b[PMU_SEQUENCE] - a[PMU_SEQUENCE]) * times) & 0xFFFF
         for column in (CONFLICTS, MOVED, MOVED + 1, DROPPED):
             b[column] += (b[column] - a[column]) * times
-    for a, b in zip(s.agcu, m.agcu):
+    for i in range(len(m.agcu)):
+        a, b = s.agcu[i], m.agcu[i]
         b[AGCU_SEQUENCE] = (b[AGCU_SEQUENCE] + (b[AGCU_SEQUENCE] - a[AGCU_SEQUENCE]) * times) & 0xFFFF
         b[LINES] += (b[LINES] - a[LINES]) * times
         mask = m.chain[b[AGCU], MASK] >> b[LINE_SHIFT]
         b[HELD_LINE] = (b[HELD_LINE] + (b[HELD_LINE] - a[HELD_LINE]) * times) & mask
-    for a, b in zip(s.link, m.link):
+    for i in range(len(m.link)):
+        a, b = s.link[i], m.link[i]
         b[PUSHES] += (b[PUSHES] - a[PUSHES]) * times
     m.clock[SKIPPED] += period * times
 
 
 @njit(cache=True)
-def run_folded(m, s, bits):
-    """As `run`; s is room for a snapshot. Returns the ticks that were simulated.
+def run(m, s, bits, fold):
+    """Tick by tick, until nothing is scheduled or something is wrong. Returns the ticks that were simulated.
 
-    The state is compared in every tick with a snapshot that is renewed whenever twice as many ticks have passed
-    (Brent's cycle detection). What differed last is compared first, so most comparisons end at once.
+    With `fold` the state is compared in every tick with a snapshot, for which s is room; it is renewed whenever twice
+    as many ticks have passed (Brent's cycle detection). What differed last is compared first, so most comparisons
+    end at once.
     """
     parts = len(m.chain) + len(m.pcu) + len(m.pmu) + len(m.agcu) + len(m.group) + len(m.link) + len(m.queue)
     asleep = ticks = began = at = 0
@@ -1187,6 +1225,8 @@ def run_folded(m, s, bits):
         asleep = 0 if tick(m, bits) else asleep + 1
         m.clock[NOW] += 1
         ticks += 1
+        if not fold:
+            continue
         if kept >= 0:
             period = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
             least = max(64, ticks >> 3) // period + 1  # a leap must be worth its copies
@@ -1199,7 +1239,7 @@ def run_folded(m, s, bits):
             if 0 <= times < NEVER:
                 _leap(m, s, times)
                 kept, began = -1, ticks
-        if ticks - began >= 2 * (kept - began) and ticks - began >= 32 or kept < 0 and ticks - began >= 32:
+        if ticks - began >= (32 if kept < 0 else 2 * (kept - began)):
             _keep(s, m)
             kept = ticks
     return ticks

@@ -335,6 +335,8 @@ class Rows:
                 w = line.weights(at, name, f"{at}.w", part.columns, each, units, self.tiles.gates)
                 sums.append(line.product(at, name, r, part.columns, each, w, n, rounded=whole))
             if whole:
+                if self.share.sockets > 1 or op.writes[0] == "qkv":  # several read it: many streams end here
+                    sums = [line.read(f"{name}.{o}.all", name, f, [(n, 1)]) for f in sums if f.merged] or sums
                 result += sums
                 continue
             flows = [line.read(f"{name}.{o}.sum{i}", name, f, [(n, 1)]) for i, f in enumerate(sums)]
@@ -792,6 +794,8 @@ class Vectors:
             )
         sums = [replace(f, columns=strips) for f in sums]  # the last unit may have more
         if parts == 1 and not biased:
+            if self.share.sockets > 1 or op.writes[0] == "qkv":  # several read it: many streams end here
+                sums = [line.read(f"{name}.all", name, f, [(strips, 1)]) for f in sums if f.merged] or sums
             self.at[op.writes[0]] = sums[0]
             return
         flows = [line.read(f"{name}.sum{i}", name, f, [(strips, 1)]) for i, f in enumerate(sums)]

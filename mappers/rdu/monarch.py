@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
-from tilewright.arch.rdu import ADDRESS_BITS, ISA, LEVELS, TOKENS, RduParams, is_pcu
+from tilewright.arch.rdu import ADDRESS_BITS, ISA, LEVELS, TOKENS, TOKENS_HELD, RduParams, is_pcu
 from tilewright.mappers.rdu.apps import buffer
 from tilewright.mappers.rdu.section import Built, Section, segment
 from tilewright.workloads import monarch
@@ -36,6 +36,11 @@ __all__ = ["Convolution", "Kernel", "fft_convolution", "scratch", "unfused_convo
 
 Words = NDArray[np.uint32]
 Layout = tuple[int, ...]
+SINKING = 0.5
+"""Rate by which streams are routed that always move on, into a PMU that has room for all or to memory: those may share
+links with one another, and need not be near."""
+SEEDS = 4
+"""Tried for a kernel in which a stream may wait for another on the same link."""
 ELEMENT = 2  # bytes of a bfloat16 off chip
 
 
@@ -69,6 +74,16 @@ class Kernel:
     section: Section
     arguments: Mapping[int, int]
     resident: Mapping[str, Words]
+    seeds: int = 1
+
+    def build(self, *, seed: int = 0) -> Built:
+        """Place and route, by the first of `seeds` seeds from `seed` on that overuses no link, or else by the first."""
+        first = built = self.section.build(seed=seed)
+        for other in range(seed + 1, seed + self.seeds):
+            if not any(built.routing.overused.values()):
+                return built
+            built = self.section.build(seed=other)
+        return first if any(built.routing.overused.values()) else built
 
 
 @dataclass(frozen=True)
@@ -247,13 +262,20 @@ class _Building:
         self.arguments[len(self.arguments)] = address
         return len(self.arguments) - 1
 
-    def kernel(self) -> Kernel:
-        return Kernel(self.section, self.arguments, self.resident)
+    def kernel(self, seeds: int = 1) -> Kernel:
+        return Kernel(self.section, self.arguments, self.resident, seeds)
 
-    def constant(self, name: str, words: Words, loops: Sequence[tuple[int, int]], tag: str) -> None:
-        """A PMU that gives what it holds."""
+    def constant(self, name: str, words: Words, loops: Sequence[tuple[int, int]], tag: str, taker: str) -> None:
+        """A PMU that gives what it holds, for each token of the taker one packet.
+
+        What is on the way fits into the taker's queue, and keeps nobody else from using the same links.
+        """
         self.resident[name] = words
-        self.section.pmu(name, tag=tag, enable=2, words=len(words), **_loops(loops, "read_"))
+        credits = min(TOKENS_HELD, self.section.params.fifo_depth)
+        self.section.pmu(
+            name, tag=tag, enable=2, words=len(words), read_wait=1, read_hold0=credits, **_loops(loops, "read_")
+        )  # fmt: skip
+        self.section.token(taker, 0, f"{name}.read", 0)
 
     def matrices(self, name: str, lane: int, step: Step, tag: str, loaded: bool) -> None:
         """The operands of the array's rows, for the PCUs of real and of imaginary parts: resident, or to be loaded."""
@@ -262,9 +284,9 @@ class _Building:
         rows = 2 * radix
         loops = [(rows, radix), (tiles * turns, 0)]
         for part, words in zip(("re", "im"), _operands(radix, step.inverse), strict=True):
-            unit = f"{name}.f_{part}@{lane}"
+            unit, taker = f"{name}.f_{part}@{lane}", f"{name}.{part}@{lane}"
             if not loaded:
-                self.constant(unit, words, loops, tag)
+                self.constant(unit, words, loops, tag, taker)
             else:
                 s.pmu(
                     unit, tag=tag, enable=3, words=len(words), write_count0=rows, write_stride0=radix,
@@ -272,7 +294,7 @@ class _Building:
                     **_loops(loops, "read_"),
                 )  # fmt: skip
                 s.token(f"{unit}.write", 0, f"{unit}.read", 0)
-            s.stream(unit, f"{name}.{part}@{lane}")
+            s.stream(unit, taker)
 
     def load(self, name: str, address: int, loops: Sequence[tuple[int, int]], **more: int) -> None:
         """An AGCU that reads vectors from HBM."""
@@ -324,6 +346,7 @@ class _Building:
                 vectors=3,
                 fold="add",
                 fold_level=1,
+                signal=1,
                 send_vector=1,
                 count0=2 * sh.radix,
                 count1=tiles * turns,
@@ -339,6 +362,8 @@ class _Building:
             **{f"vector{i}_level": 1 for i in range(inputs)},
             stages=_JOIN if factors is None else _MULTIPLY,
             round=1,
+            signal=1,
+            signal_level=1,
             send_vector=1,
             count0=2,
             count1=sh.packets(step),
@@ -350,7 +375,8 @@ class _Building:
                 loops = [(tiles * sh.columns, sh.radix), (turns, across * sh.radix)]
                 beyond = np.zeros((tiles * sh.columns - across) * sh.radix, np.uint32)
                 table = f"{name}.w_{part}@{lane}"
-                self.constant(table, np.concatenate([factors[i].reshape(-1), beyond]), loops, tag)
+                words = np.concatenate([factors[i].reshape(-1), beyond])
+                self.constant(table, words, loops, tag, out)
                 s.stream(table, (out, 2 + i))
         return out
 
@@ -415,21 +441,21 @@ class _Building:
                 if k + 1 < len(steps):
                     held = f"{name}.{k}.x@{u}"
                     self.signal(held, steps[k + 1], tag=tag, **_loops(sh.writes(step), "write_"))
-                    s.stream(out, (held, 0))
+                    s.stream(out, held, rate=SINKING)
             store = f"{name}.store@{u}"
             at_bytes = [(count, stride * ELEMENT) for count, stride in sh.writes(steps[-1])]
             self.store(store, target + u * sh.lane_bytes, at_bytes)
-            s.stream(out, (store, 0))
+            s.stream(out, store, rate=SINKING / 4)
             stores.append(store)
         for load, u in zip(loads, range(0, sh.radix, share), strict=True):
-            s.stream(load, *((f"{name}.x@{v}", 0) for v in range(u, u + share)))
+            s.stream(load, *(f"{name}.x@{v}" for v in range(u, u + share)), rate=SINKING / 4)
         if matrices is not None:
             for k in range(len(steps)):
                 for i, part in enumerate(("re", "im")):
                     unit = f"{name}.{k}.f_{part}"
                     at_bytes = matrices + i * 2 * sh.radix * packet
                     self.load(f"{unit}.load", at_bytes, [(2 * sh.radix, packet)])
-                    s.stream(f"{unit}.load", *(f"{unit}@{u}" for u in range(sh.radix)))
+                    s.stream(f"{unit}.load", *(f"{unit}@{u}" for u in range(sh.radix)), rate=SINKING / 4)
         if waits:
             self.barrier(f"{name}.barrier", waits, loads)
         return at, stores
@@ -586,7 +612,7 @@ def unfused_convolution(params: RduParams, spectrum: Pair) -> Convolution:
             at, _ = b.group(
                 "a", g.lane_digit, at, source, [plain], held, share, matrices=matrices[step.inverse]
             )
-            kernels.append(b.kernel())
+            kernels.append(b.kernel(SEEDS))
             if step.factors is not None:
                 table, source_at = allot(region), held
                 held = allot(region)
@@ -635,5 +661,5 @@ def _product(p: RduParams, sh: _Shape, name: str, source: int, table: int, targe
             s.stream(load, *parts)
         store = f"store@{u}"
         b.store(store, target + u * sh.lane_bytes, [(vectors, packet)])
-        s.stream(out, store)
-    return b.kernel()
+        s.stream(out, store, rate=SINKING / 4)
+    return b.kernel(SEEDS)

@@ -136,7 +136,8 @@ def _fill(
         demands.append(
             Demand(
                 op.name, "pcu", strips * outs * parts, depth // parts * tiles.blocks,
-                least=ceil_div(strips, most) * outs * parts, most=strips * outs * parts,
+                least=ceil_div(strips, most) * outs * parts,
+                most=min(strips, max(ceil_div(strips, most), p.flows * 3 // 4)) * outs * parts,  # streams to one buffer
             )
         )  # fmt: skip
         gates += outs * parts

@@ -31,7 +31,9 @@ MEMORY = 2048  # bytes of HBM and DDR
 
 def spec_of(*sets):
     """Plasticine with keys changed."""
-    return specs.build(rdu.RduSpec, specs.apply_sets(specs.load_tree("plasticine", ["rdu"]), list(sets)), "small")
+    return specs.build(
+        rdu.RduSpec, specs.apply_sets(specs.load_tree("plasticine", ["rdu"]), list(sets)), "small"
+    )
 
 
 def records(region, rows):
@@ -103,7 +105,15 @@ class Sketch:
                 at = (cx + (step == EAST) - (step == WEST), cy + (step == SOUTH) - (step == NORTH))
                 came = rdu.OPPOSITE[step]
         for (cx, cy, came), out in table.items():
-            row = {"x": cx, "y": cy, "network": network, "port": came, "flow": flow, "out": out, "next_flow": flow}
+            row = {
+                "x": cx,
+                "y": cy,
+                "network": network,
+                "port": came,
+                "flow": flow,
+                "out": out,
+                "next_flow": flow,
+            }
             self.rows["config.switch"].append(row)
         return flow
 
@@ -175,7 +185,6 @@ def random_sketch(p, seed, most=24):
         values = split(random, total)
         used = 1 << (fields["words"] * size - 1).bit_length()
         strides = {f"stride{k}": random.choice([0, used, 2 * used, 16, 32]) for k in range(len(values))}
-        x, y, port = s.place(i)
         return {
             **{"agcu": i, "direction": direction, "tier": random.choice(["hbm", "ddr"]), **fields, **strides},
             **counts(values),
