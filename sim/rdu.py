@@ -110,7 +110,8 @@ def _check(kernel: Kernel, p: arch.RduParams) -> None:
     waiting = _waiting(kernel)
     if waiting:
         more = f", and {len(waiting) - 8} more" if len(waiting) > 8 else ""
-        raise UserError(f"deadlock in tick {int(m.clock[engine.QUIET])}: {'; '.join(waiting[:8])}{more}")
+        last = int(m.clock[engine.ACTED] + m.clock[engine.SKIPPED])
+        raise UserError(f"deadlock after tick {last}: {'; '.join(waiting[:8])}{more}")
 
 
 def _waiting(kernel: Kernel) -> list[str]:
@@ -149,7 +150,7 @@ def _waiting(kernel: Kernel) -> list[str]:
     if not out:
         for k in np.flatnonzero(m.link[:, engine.LEVEL]):
             out.append(f"packets of {names([givers[k]])} are left for {names([takers[k]])}")
-    return out
+    return list(dict.fromkeys(out))
 
 
 # ---- the sequencer ------------------------------------------------------------------------------------

@@ -173,13 +173,14 @@ FIRST_AGCU, AGCUS, RATE_P, RATE_Q, GROUP_TURN, GROUP_ROW = range(6)
     NOW,
     SKIPPED,  # ticks of periods that were taken in one step, which NOW does not count
     QUIET,  # the first tick that finds everything so far quiet
+    ACTED,  # the last tick in which a unit did anything
     FAULT,
     FAULTY,  # where
     CREDIT,  # ticks of a credit on one link
     LANES,
     SEQUENCE_MASK,  # bits of sequence ids that matter
     CLOCK,
-) = range(9)
+) = range(10)
 TOKENS_FAULT, LINE_FAULT = 1, 2
 
 
@@ -234,7 +235,8 @@ def _wake_known(m, node, tick):
 
 @njit(**INNER)
 def _happens(m, tick):
-    """Something is done in this tick, so all is not quiet before the next."""
+    """A unit does something in this tick, so all is not quiet before the next."""
+    m.clock[ACTED] = tick
     m.clock[QUIET] = max(m.clock[QUIET], tick + 1)
 
 

@@ -169,7 +169,7 @@ class _Mapper:
             prefill(m, prompt=s.prompt, context=s.context, batch=s.batch)
         if s.generate:
             decode_step(m, context=total - 1, batch=s.batch)
-        self.pitch = ceil_div(total, 4 * lanes) * 4 * lanes
+        self.pitch = (ceil_div(max(total, s.context + s.prompt + self.document["granule"]), 4 * lanes) + 4) * 4 * lanes
         step = 0
         if s.prompt:
             self._prompt(step)
@@ -194,7 +194,7 @@ class _Mapper:
 
         def plan(some: Sequence[Op], keep: Sequence[str]) -> Choice | None:
             return plan_rows(
-                p, self.share, some, keep, self.limits, rows=s.prompt, keys=keys, context=context,
+                p, self.share, some, keep, self.limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
                 window=window if window is not None and window < keys else None,
                 groups=self.document["groups"] or None,
             )  # fmt: skip
@@ -220,7 +220,7 @@ class _Mapper:
             keys = min(keys, ceil_div(m.sliding_window, 4 * p.lanes) * 4 * p.lanes)
         phase = f"token {keys}"
         if phase not in self._phases:
-            ops = layer_operators(m, self.share.sockets)
+            ops = layer_operators(m, self.share.sockets, token=True)
             batch = s.batch
             choices: list[Choice] = []
             while not choices:

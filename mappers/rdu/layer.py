@@ -92,10 +92,11 @@ class Op:
     writes: tuple[str, ...]
 
 
-def layer_operators(model: ModelConfig, sockets: int = 1) -> list[Op]:
+def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False) -> list[Op]:
     """The operators of a dense layer in order, from matrix `x` to matrix `z`.
 
-    With more than one socket what attention and MLP give is summed over all of them.
+    With more than one socket what attention and MLP give is summed over all of them. The next `token`'s attention takes
+    the token's own values from `qkv`; that of a prompt takes all of them from the cache.
     """
     m = model
     inner = ("gate", "up") if m.gated_mlp else ("up",)
@@ -110,7 +111,7 @@ def layer_operators(model: ModelConfig, sockets: int = 1) -> list[Op]:
         return [
             Op("qkv", "product", (x,), ("qkv",)),
             Op("rotary", "positions", ("qkv",), ("q",)),
-            Op("attention", "attention", ("q",), ("a",)),
+            Op("attention", "attention", ("q", "qkv") if token else ("q",), ("a",)),
             *summed(Op("attention_out", "product", ("a",), ("o",))),
         ]
 
@@ -157,15 +158,15 @@ class Rows:
     params : RduParams
     share : Share
     tiles : Tiles
-    keys : int
-        Tokens that the cache has room for.
+    keys, pitch : int
+        Tokens that are attended to, and tokens that the cache has room for.
     context : int
         Tokens before the first row; a multiple of the lanes.
     """
 
-    def __init__(self, params: RduParams, share: Share, tiles: Tiles, *, keys: int = 0, context: int = 0, window: int | None = None) -> None:
+    def __init__(self, params: RduParams, share: Share, tiles: Tiles, *, keys: int = 0, pitch: int = 0, context: int = 0, window: int | None = None) -> None:
         self.p, self.share, self.model, self.tiles = params, share, share.model, tiles
-        self.keys, self.context, self.window = keys, context, window
+        self.keys, self.pitch, self.context, self.window = keys, pitch or keys, context, window
         self.line = Pipeline(params, groups=tiles.groups, blocks=tiles.blocks)
         self.at: dict[str, Matrix] = {}
 
@@ -370,7 +371,7 @@ class Rows:
             )
         self.at[op.writes[0]] = [line.read(f"{name}.q", name, turned, [(s.q_dim, 1)])]
         token = self.p.lanes * BF16_BYTES
-        row = self.keys * BF16_BYTES
+        row = self.pitch * BF16_BYTES
         for at, source, first in (("keys", turned, s.q_dim), ("values", qkv, s.q_dim + s.kv_dim)):
             flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first)
             line.store(
@@ -498,7 +499,7 @@ class Rows:
         found = [
             cached(
                 self.line, f"{name}.{what}", name, what, self.share.kv_heads, self.model.head_dim, width, self.tiles.chunks,
-                self.keys, 0, self.p.stages, self.tiles.cache_gates,
+                self.pitch, 0, self.p.stages, self.tiles.cache_gates,
             )
             for what in ("keys", "values")
         ]  # fmt: skip
@@ -828,7 +829,6 @@ class Vectors:
                 f"{name}.turn", name, [(f, 0) for f in (x, other, *tables)], stages, heads * dim, result=4, round=1
             )
         self.at[op.writes[0]] = turned
-        self.at["values"] = qkv
         for at, source, first in (("keys", turned, s.q_dim), ("values", qkv, s.q_dim + s.kv_dim)):
             flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first, spread=True)
             for g in range(line.groups):
@@ -844,7 +844,7 @@ class Vectors:
         width = self.keys // chunks
         strips = width // lanes
         whole = self.keys // lanes
-        turned, qkv = self.at[op.reads[0]], self.at["values"]
+        turned, qkv = (self.at[t] for t in op.reads)
         scale = float(np.float32(dim**-0.5))
         keys, values = self._cache(name, width) if self.keys else ([], [])
         hidden = line.load(f"{name}.mask.in", name, "mask", whole, row=0) if self.keys else None

@@ -85,7 +85,7 @@ def _round_even(n: int) -> int:
 
 def plan_rows(
     p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, *, rows: int, keys: int,
-    context: int, window: int | None, groups: int | None = None,
+    pitch: int, context: int, window: int | None, groups: int | None = None,
 ) -> Choice | None:  # fmt: skip
     """The tiles with which a section over `rows` rows takes the fewest ticks; None if it fits with none."""
     best: Choice | None = None
@@ -103,8 +103,10 @@ def plan_rows(
                 padded = ceil_div(keys, chunks * p.lanes) * chunks * p.lanes
             else:
                 padded = keys
+            if padded > pitch:
+                continue
             tiles = Tiles(groups=g, blocks=blocks, units={}, chunks=chunks)
-            found = _fill(p, share, ops, keep, limits, tiles, padded, context, window)
+            found = _fill(p, share, ops, keep, limits, tiles, padded, pitch, context, window)
             if found is not None and (best is None or found.ticks(p) < best.ticks(p)):
                 best = found
         if best is tried and best is not None:
@@ -114,12 +116,12 @@ def plan_rows(
 
 def _fill(
     p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, tiles: Tiles, keys: int,
-    context: int, window: int | None,
+    pitch: int, context: int, window: int | None,
 ) -> Choice | None:  # fmt: skip
     """A section whose products take what the other stages leave."""
 
     def build(t: Tiles) -> Pipeline:
-        return Rows(p, share, t, keys=keys, context=context, window=window).build(ops, keep)
+        return Rows(p, share, t, keys=keys, pitch=pitch, context=context, window=window).build(ops, keep)
 
     rows = Rows(p, share, tiles)
     demands, gates = [], 0

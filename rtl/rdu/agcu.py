@@ -66,6 +66,7 @@ class Agcu(wiring.Component):
     start    In  1                      a run begins; the unit must be done
     config   In  layout_of(CONFIG_AGCU) constant from `start` to `done`
     base     In  48                     the argument register that `config` names; likewise
+    latency  In  array(32), TIERS       ticks from a grant to the line, of each tier; likewise
     store    In  stream of packets      what is stored
     load     Out stream of packets      what was loaded
     request  Out TIERS                  a line of that tier is asked for
@@ -90,6 +91,7 @@ class Agcu(wiring.Component):
                 "start": In(1),
                 "config": In(layout_of(CONFIG_AGCU)),
                 "base": In(ADDRESS),
+                "latency": In(32).array(len(TIERS)),
                 "store": In(packets),
                 "load": Out(packets),
                 "request": Out(len(TIERS)),
@@ -204,7 +206,7 @@ class Agcu(wiring.Component):
         bits = p.lanes * WORD_BITS
         m.submodules.entries = entries = StreamFifo(shape=entry, depth=p.in_flight, always_ready=True)
         m.submodules.lines = lines = StreamFifo(shape=unsigned(bits), depth=p.in_flight, always_ready=True)
-        latency = Array(int(n) + LOAD_LATENCY - 1 for n in p.latency)[c.tier]
+        latency = Array(self.latency)[c.tier] + LOAD_LATENCY - 1
         fetched = Signal()
         m.d.sync += fetched.eq(step & ~kept)
         m.d.comb += [

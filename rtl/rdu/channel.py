@@ -4,7 +4,7 @@ from amaranth.hdl import Module, Mux, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from tilewright.arch.rdu import LINE_BITS, TIERS, WORD_BITS, RduParams
+from tilewright.arch.rdu import LINE_BITS, RATE_BITS, WORD_BITS, RduParams
 from tilewright.rtl.lib.arbiter import RoundRobin
 
 __all__ = ["Channel"]
@@ -24,8 +24,6 @@ class Channel(wiring.Component):
     Parameters
     ----------
     params : RduParams
-    tier : str
-        One of TIERS.
     count : int
         AGCUs on this channel, at least 1.
 
@@ -33,6 +31,7 @@ class Channel(wiring.Component):
     -------
     ============== === ========================= ===============================================================
     start          In  1                         a run begins
+    p, q           In  RATE_BITS                 lines a tick, constant from `start` on
     requests       In  count                     who asks for a line
     lines          In  array(LINE_BITS), count   which
     writes         In  array, count              bytes of it to be written; none to read it
@@ -44,16 +43,16 @@ class Channel(wiring.Component):
     ============== === ========================= ===============================================================
     """
 
-    def __init__(self, *, params: RduParams, tier: str, count: int):
-        if tier not in TIERS:
-            raise ValueError(f"tier must be one of {', '.join(TIERS)}, not {tier!r}")
+    def __init__(self, *, params: RduParams, count: int):
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count!r}")
-        self._params, self._tier, self._count = params, TIERS.index(tier), count
+        self._count = count
         bits = params.lanes * WORD_BITS
         super().__init__(
             {
                 "start": In(1),
+                "p": In(RATE_BITS),
+                "q": In(RATE_BITS),
                 "requests": In(count),
                 "lines": In(LINE_BITS).array(count),
                 "writes": In(bits // 8).array(count),
@@ -71,16 +70,14 @@ class Channel(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        p, tier = self._params, self._tier
-        rate_p, rate_q = int(p.rate_p[tier]), int(p.rate_q[tier])
-        phase = Signal(range(max(rate_q, 2)))
-        following = Signal(range(rate_p + rate_q))
+        phase = Signal(RATE_BITS)
+        following = Signal(RATE_BITS + 1)
         works = Signal()
-        m.d.comb += [works.eq(phase < rate_p), following.eq(phase + rate_p)]
+        m.d.comb += [works.eq(phase < self.p), following.eq(phase + self.p)]
         with m.If(self.start):
             m.d.sync += phase.eq(0)
         with m.Else():
-            m.d.sync += phase.eq(Mux(following < rate_q, following, following - rate_q))
+            m.d.sync += phase.eq(Mux(following < self.q, following, following - self.q))
 
         m.submodules.turn = turn = ResetInserter(self.start)(RoundRobin(count=self._count))
         line = Signal(LINE_BITS)

@@ -300,6 +300,7 @@ class AgcuTile(wiring.Component):
                 "span": Out(64),
                 "argument": Out(ARGS.by_name["index"].bits),
                 "base": In(ARGS.by_name["value"].bits),
+                "latency": In(TICK_BITS).array(len(TIERS)),
                 "store": In(packets),
                 "load": Out(packets),
                 "request": Out(len(TIERS)),
@@ -319,6 +320,7 @@ class AgcuTile(wiring.Component):
         config = configured(m, self.bus, CONFIG_AGCU, "config", agcu=self.place)
         m.d.comb += [unit.config.eq(config), self.argument.eq(config.argument)]
         m.d.comb += [getattr(unit, name).eq(getattr(self, name)) for name in _AGCU_INPUTS]
+        m.d.comb += [a.eq(b) for a, b in zip(unit.latency, self.latency, strict=True)]
         m.d.comb += [getattr(self, name).eq(getattr(unit, name)) for name in _AGCU_OUTPUTS]
         connect(m, flipped(self.store), unit.store)
         connect(m, unit.load, flipped(self.load))

@@ -97,7 +97,7 @@ class Top(wiring.Component):
         tiles = self._tiles(m, sequencer.start, bus, probe)
         agcus = self._agcus(m, sequencer.start, bus, probe, base_of)
         networks = self._networks(m, sequencer.start, bus, tiles, agcus)
-        lines = self._memories(m, sequencer.start, agcus, dma)
+        lines = self._memories(m, sequencer.start, register, agcus, dma)
 
         units = [*tiles.values(), *agcus]
         m.d.comb += sequencer.quiet.eq(
@@ -278,7 +278,7 @@ class Top(wiring.Component):
 
     # ---- memories -------------------------------------------------------------------------------------
 
-    def _memories(self, m, start, agcus, dma):
+    def _memories(self, m, start, register, agcus, dma):
         """Off-chip memories with their channels. Gives the lines that move in this tick, by tier."""
         p = self._params
         grants = [[C(0, 1)] * len(TIERS) for _ in agcus]
@@ -298,10 +298,12 @@ class Top(wiring.Component):
             m.submodules[tier] = memory
             granted = []
             for c, group in enumerate(groups):
-                channel = Channel(params=p, tier=tier, count=len(group))
+                channel = Channel(params=p, count=len(group))
                 m.submodules[f"{tier}_channel_{c}"] = channel
                 m.d.comb += [
                     channel.start.eq(start),
+                    channel.p.eq(register[f"p_{tier}"]),
+                    channel.q.eq(register[f"q_{tier}"]),
                     memory.read_enable[c].eq(channel.read_enable),
                     memory.read_line[c].eq(channel.read_line),
                     channel.read_data.eq(memory.read_data[c]),
@@ -312,6 +314,7 @@ class Top(wiring.Component):
                 for n, i in enumerate(group):
                     agcu = agcus[i]
                     m.d.comb += [
+                        agcu.latency[k].eq(register[f"latency_{tier}"]),
                         channel.requests[n].eq(agcu.request[k]),
                         channel.lines[n].eq(agcu.line),
                         channel.writes[n].eq(agcu.write),

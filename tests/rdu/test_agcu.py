@@ -40,7 +40,8 @@ class Gate(wiring.Component):
     """An AGCU that has a channel of HBM to itself; the memory is outside."""
 
     def __init__(self, *, params):
-        self._agcu, self._channel = Agcu(params=params), Channel(params=params, tier="hbm", count=1)
+        self._agcu, self._channel = Agcu(params=params), Channel(params=params, count=1)
+        self._params = params
         agcu, channel = self._agcu.signature, self._channel.signature
         ours = ("start", "config", "base", "store", "load", "tokens", "signal", "done", "activity")
         memory = ("read_enable", "read_line", "read_data", "write_enable", "write_line", "write_data")
@@ -62,6 +63,9 @@ class Gate(wiring.Component):
                 here, there = getattr(self, name), getattr(part, name)
                 m.d.comb += there.eq(here) if member.flow is In else here.eq(there)
         m.d.comb += [
+            agcu.latency[0].eq(int(self._params.latency[0])),
+            channel.p.eq(int(self._params.rate_p[0])),
+            channel.q.eq(int(self._params.rate_q[0])),
             channel.requests.eq(agcu.request[0]),
             channel.lines[0].eq(agcu.line),
             channel.writes[0].eq(agcu.write),
@@ -367,12 +371,14 @@ def test_random_patterns_match_the_kernel(seed):
 
 def granted(masks, works=(1, 1), count=3):
     """Grants at each tick behind `start`."""
-    component = Channel(params=params(works=works), tier="hbm", count=count)
+    component = Channel(params=params(), count=count)
     seen = []
 
     async def bench(ctx):
         for k in range(count):
             ctx.set(component.lines[k], k + 5)
+        ctx.set(component.p, works[0])
+        ctx.set(component.q, works[1])
         ctx.set(component.requests, (1 << count) - 1)
         ctx.set(component.start, 1)
         await ctx.tick()
@@ -398,10 +404,8 @@ def test_the_turn_moves_only_when_the_channel_works():
 
 
 def test_channels_that_are_refused():
-    with pytest.raises(ValueError, match="tier must be one of hbm, ddr, remote, not 'flash'"):
-        Channel(params=params(), tier="flash", count=1)
     with pytest.raises(ValueError, match="count must be at least 1, not 0"):
-        Channel(params=params(), tier="hbm", count=0)
+        Channel(params=params(), count=0)
 
 
 def test_the_tier_is_named_in_the_request():

@@ -5,11 +5,13 @@ from random import Random
 import numpy as np
 import pytest
 
+from tests.rdu import test_top
 from tilewright.arch import rdu
 from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import ISA, dynamic_flow, is_pcu
+from tilewright.rtl.rdu.run import Case, build_rtl, run_cases
 from tilewright.sim.rdu import execute, simulate
 
 LOCAL = len(rdu.MESH)
@@ -186,7 +188,11 @@ def random_sketch(p, seed, most=24):
         used = 1 << (fields["words"] * size - 1).bit_length()
         strides = {f"stride{k}": random.choice([0, used, 2 * used, 16, 32]) for k in range(len(values))}
         return {
-            **{"agcu": i, "direction": direction, "tier": random.choice(["hbm", "ddr"]), **fields, **strides},
+            "agcu": i,
+            "direction": direction,
+            "tier": random.choice(["hbm", "ddr"]),
+            **fields,
+            **strides,
             **counts(values),
             **throttle(),
             "argument": i,
@@ -335,3 +341,179 @@ def cases(p, seeds):
             continue
         out.append((seed, program, timeline))
     return out
+
+
+# ---- against the RTL ----------------------------------------------------------------------------------
+
+
+@pytest.mark.cosim
+def test_random_sections_take_what_they_take_in_rtl():
+    spec = spec_of(*SETS)
+    p = spec.params()
+    image = {
+        **{tier: np.zeros(MEMORY, np.uint8) for tier in rdu.TIERS},
+        "scratch": np.zeros((p.pmus, p.banks, p.bank_words), np.uint32),
+    }
+    found = cases(p, range(60))
+    assert len(found) > 30
+    done = run_cases(build_rtl(spec), [Case(p, program, image) for _, program, _ in found])
+    for (seed, program, unfolded), outcome in zip(found, done, strict=True):
+        assert outcome.error is None, f"seed {seed}"
+        same(unfolded, outcome.timeline)
+        same(simulate(p, program), outcome.timeline)
+
+
+@pytest.mark.cosim
+def test_written_sections_take_what_they_take_in_rtl():
+    spec = spec_of(*SETS)
+    p = spec.params()
+    made = [Case(p, make(), image(p)) for make, image in test_top.CASES.values()]
+    for case, outcome in zip(made, run_cases(build_rtl(spec), made), strict=True):
+        for fold in (False, True):
+            same(simulate(p, case.program, fold=fold), outcome.timeline)
+
+
+# ---- derived by hand ----------------------------------------------------------------------------------
+
+
+def small(*sets):
+    return spec_of(*SETS, *sets).params()
+
+
+def test_a_stream_through_a_double_buffer():
+    # `test_top.KERNEL` is derived there: 38 ticks, the units busy as here.
+    did = execute(small(), test_top.stream_section(), {3: 64, 200: 1024})
+    assert did.ticks == 38
+    assert dict(zip(did.units, did.busy.tolist(), strict=True)) == {
+        "pcu@0,0": [22, 30],
+        "pmu.write@1,0": [10, 18],
+        "pmu.read@1,0": [16, 24],
+        "agcu@0": [0, 8],
+        "agcu@1": [29, 37],
+    }
+
+
+def test_a_special_function_takes_its_latency():
+    p = small()
+
+    def ticks(**fields):
+        s = Sketch(p)
+        s.pmu(1, 0, enable=2, read_stride0=4, read_count0=5, flow=dynamic_flow(0, 0))
+        s.pmu(0, 1, enable=1, write_stride0=4, write_count0=5)
+        s.pcu(0, 0, count0=5, vectors=1, send_vector=1, flow=dynamic_flow(0, 1), **fields)
+        return execute(p, s.records()).ticks
+
+    for number, name in enumerate(rdu.FUNCTIONS):
+        assert ticks(function=name) - ticks() == rdu.tail_latency(p, number)
+    # A level of the tree of 4 lanes, 2 of them, and the gate's multiplication take one operation each.
+    assert ticks(tree="add") - ticks() == 2
+    assert ticks(gated=1, gate=1) - ticks() == 1
+
+
+def test_a_copy_ends_as_its_rule_says():
+    # Beats of 2 lines, one in 3 ticks, ddr answers after 9: 5 lines are 3 beats, at 0, 3 and 6; idle after 6 + 9 + 2.
+    p = small()
+    assert (p.copy_p, p.copy_q, p.copy_lines, int(p.latency[1])) == (1, 3, 2, 9)
+    op = ISA.record("code").make("COPY", source=1, target=0, lines=5)
+    t = simulate(p, Program(ISA, [Segment({"code": op})], ()))
+    # Tick 0 issues it, the DMA's tick 0 is 1, 18 finds it idle and is the last.
+    assert t.ticks == 1 + 17 + 1
+    assert {k: v for k, v in t.unit("dma").items() if v} == {
+        "busy": 3,
+        "memory": 4,
+        "pipeline": 10,
+        "idle": 2,
+    }
+    assert t.counter("copied_lines") == 5
+
+
+def test_repetitions_and_tags():
+    p = small()
+    segment = launch(test_top.stream_section()).segments[0]
+    code = segment.regions["code"][2:]
+    once, thrice = (
+        simulate(p, Program(ISA, [segment, Segment({"code": code}, repeat=n)], test_top.TAGS)) for n in (1, 3)
+    )
+    # A launch by hardware: issue, 2 ticks, the kernel's 38 and the one that finds it quiet.
+    assert thrice.ticks - once.ticks == 2 * (1 + 2 + 39)
+    assert thrice.counter("iterations") == 2 * once.counter("iterations")
+    assert set(np.flatnonzero(once.activity[:, :5, 0].sum(axis=1))) == {1, 2, 3, 4}
+
+
+# ---- what cannot be -----------------------------------------------------------------------------------
+
+
+def two(p, **fields):
+    """PMU (1, 0) reads 4 vectors for PCU (0, 0)."""
+    s = Sketch(p)
+    s.pmu(1, 0, enable=2, read_stride0=4, read_count0=4, flow=dynamic_flow(0, 0))
+    s.pcu(0, 0, **{"count0": 4, "vectors": 1, **fields})
+    return s
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # The PMU reads in 0 .. 3, its packets leave 3 ticks later, are taken 3 links on, and done with after 4 more.
+        ({"count0": 5}, r"deadlock after tick 13: pcu@0,0 waits for packets of pmu\.read@1,0$"),
+        ({"count0": 3}, r"packets of pmu\.read@1,0 are left for pcu@0,0$"),
+        ({"wait": 2}, r"pcu@0,0 waits for a token of nobody$"),
+        ({"vectors": 3}, r"pcu@0,0 waits for packets of nobody$"),
+        ({"send_vector": 1, "flow": 3}, r"flow 0x3 leads nowhere from port 4 of the vector switch 0,0"),
+        (
+            {"send_vector": 1, "flow": dynamic_flow(0, 1, 2)},
+            r"input 2 of the unit at 0,1, whose vector inputs number 1",
+        ),
+        ({"gated": 1, "fold": "add"}, r"pcu@0,0: a gate goes with SIMD mode without fold and tree"),
+    ],
+)
+@pytest.mark.parametrize("fold", [False, True])
+def test_errors_name_the_units(change, message, fold):
+    with pytest.raises(UserError, match=message):
+        execute(small(), two(small(), **change).records(), fold=fold)
+
+
+def test_units_that_wait_for_one_another():
+    p = small()
+    s = Sketch(p)
+    s.pcu(0, 0, vectors=1, count0=2, send_vector=1, flow=dynamic_flow(1, 1))
+    s.pcu(1, 1, vectors=1, count0=2, send_vector=1, flow=dynamic_flow(0, 0))
+    message = "pcu@0,0 waits for packets of pcu@1,1; pcu@1,1 waits for packets of pcu@0,0"
+    with pytest.raises(UserError, match=message):
+        execute(p, s.records())
+
+
+def test_tokens_that_nobody_takes():
+    p = small()
+    s = two(p, count0=4)
+    s.rows["config.pmu"][0] |= {"read_count0": 17, "read_signal": 1}
+    s.rows["config.pcu"][0] |= {"count0": 17}
+    s.token((1, 0), 4, (0, 0), 2)
+    with pytest.raises(UserError, match=r"pcu@0,0: more than 15 control tokens from pmu\.read@1,0"):
+        execute(p, s.records())
+    s.rows["config.pmu"][0] |= {"read_count0": 15}
+    s.rows["config.pcu"][0] |= {"count0": 15}
+    execute(p, s.records())
+
+
+def test_an_access_across_lines():
+    p = small()
+    s = Sketch(p)
+    s.agcu(0, direction="load", words=4, count0=2, stride0=8, flow=dynamic_flow(1, 0))
+    s.pmu(1, 0, enable=1, write_count0=2)
+    with pytest.raises(UserError, match="agcu@0: an iteration's elements must lie in one line of 16 bytes"):
+        execute(p, s.records())
+
+
+def test_errors_of_a_program_name_the_operation():
+    p = small()
+    op = ISA.record("code").make("PROGRAM_LOAD", section=1)
+    with pytest.raises(
+        UserError, match=r"segment 0, operation 0 \(PROGRAM_LOAD\): section must be in 0\.\.0, not 1"
+    ):
+        simulate(p, Program(ISA, [Segment({"code": op})], ()))
+    op = ISA.record("code").make("COPY", source=2, target=0, lines=1)
+    with pytest.raises(UserError, match="source must be hbm or ddr, not remote"):
+        simulate(p, Program(ISA, [Segment({"code": op})], ()))
+    with pytest.raises(UserError, match=r"segment 0, operation 2 \(KERNEL_EXECUTE\): deadlock"):
+        simulate(p, launch(two(p, count0=5).records()))
