@@ -17,6 +17,11 @@ def whole(params: RduParams) -> bool:
     return params.columns * params.rows <= MOST_POSITIONS
 
 
+def part(spec: RduSpec) -> str:
+    """What `top` writes of the machine; nothing: all of it."""
+    return "" if whole(spec.params()) else "a region of 2 x 2 positions and two AGCUs"
+
+
 def top(spec: RduSpec, params: RduParams | None = None, depth: int = CODE_DEPTH) -> Top:
     """The socket that the spec describes, or a region of it: two PCUs, two PMUs and an AGCU on either side."""
     p = params or spec.params()
