@@ -275,10 +275,10 @@ ARGS = Record(
 OPS = (
     Op(
         "PROGRAM_LOAD",
-        ("section", "host"),
+        ("section",),
         "the configuration records of a segment into the units, which are all off before",
     ),
-    Op("ARGUMENT_LOAD", ("section", "host"), "the argument registers of a segment"),
+    Op("ARGUMENT_LOAD", ("section",), "the argument registers of a segment"),
     Op("KERNEL_EXECUTE", ("host",), "start every unit, and wait until all are done"),
     Op(
         "COPY",
@@ -293,7 +293,7 @@ CODE = Record(
     "code",
     (
         Field("section", 16, "segment that holds the records"),
-        Field("host", 1, "scheduled by the host's software, rather than by the AGCUs"),
+        Field("host", 1, "launched by the host's software, rather than by the AGCUs"),
         Field("source", 2, "memory that is read", names=TIERS),
         Field("target", 2, "memory that is written", names=TIERS),
         Field("from", LINE_BITS, "first line read"),

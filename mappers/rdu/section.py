@@ -345,10 +345,11 @@ def segment(
                 regions[region]["tag"] = renumbered[records["tag"]]
     if args:
         regions["args"] = _array(rdu.ARGS, [{"index": i, "value": v} for i, v in sorted(args.items())])
-    common = {"host": int(host), "tag": number[own]}
-    code = [rdu.CODE.make("PROGRAM_LOAD", section=index, **common)] if load else []
-    code += [rdu.CODE.make("ARGUMENT_LOAD", section=index, **common)] if args else []
-    regions["code"] = np.concatenate([*code, rdu.CODE.make("KERNEL_EXECUTE", **common)])
+    kernel = number[own]
+    code = [rdu.CODE.make("PROGRAM_LOAD", section=index, tag=kernel)] if load else []
+    code += [rdu.CODE.make("ARGUMENT_LOAD", section=index, tag=kernel)] if args else []
+    code += [rdu.CODE.make("KERNEL_EXECUTE", host=int(host), tag=kernel)]
+    regions["code"] = np.concatenate(code)
     return Segment(regions, repeat, own)
 
 
