@@ -66,7 +66,7 @@ def execute(
 
 def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
     m = kernel.machine
-    engine.run(m, engine.snapshot(m) if fold else m, kernel.bits, fold)
+    engine.run(m, kernel.bits, fold)
     _check(kernel, p)
     engine.close(m)
     counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)

@@ -228,12 +228,6 @@ def _wake(m, node, tick):
 
 
 @njit(**INNER)
-def _wake_known(m, node, tick):
-    if tick < NEVER:
-        _wake(m, node, tick)
-
-
-@njit(**INNER)
 def _happens(m, tick):
     """A unit does something in this tick, so all is not quiet before the next."""
     m.clock[ACTED] = tick
@@ -303,7 +297,7 @@ def _pop(m, link, tick):
 # ---- counter chains -----------------------------------------------------------------------------------
 
 
-@njit(**INNER)
+@njit(**CALLED)
 def _give(m, chain, outputs, tick):
     """Tokens leave by these outputs."""
     for output in range(_TOKENS):
@@ -394,8 +388,9 @@ def _due(m, row, ring, slip):
 
 
 @njit(**INNER)
-def pcu_tick(m, node, i, t):
+def pcu_tick(m, i, t):
     row = m.pcu[i]
+    wake = NEVER
     chain = row[UNIT]
     c = m.chain[chain]
     acts = False
@@ -481,13 +476,13 @@ def pcu_tick(m, node, i, t):
             cause = _DRAIN
         elif token > t:
             cause = _TOKEN
-            _wake_known(m, node, token)
+            wake = min(wake, token)
         elif operand > t:
             cause = _OPERAND
-            _wake_known(m, node, operand)
+            wake = min(wake, operand)
         else:
             cause = _INTERVAL
-            _wake(m, node, c[GAP])
+            wake = min(wake, c[GAP])
     elif full:
         cause = _OUTPUT
     elif hold:
@@ -497,13 +492,14 @@ def pcu_tick(m, node, i, t):
     _account(m, chain, t, cause)
     if acts:
         _happens(m, t)
-        _wake(m, node, t + 1)
+        wake = min(wake, t + 1)
     if full:
-        _wake_known(m, node, room)
+        wake = min(wake, room)
     else:
-        _wake_known(m, node, _due(m, row, RING, row[SLIP]))
+        wake = min(wake, _due(m, row, RING, row[SLIP]))
     if row[SYSTOLIC] and not hold:
-        _wake_known(m, node, _due(m, row, ARRAY, row[ARRAY_SLIP]))
+        wake = min(wake, _due(m, row, ARRAY, row[ARRAY_SLIP]))
+    return wake
 
 
 # ---- memory units -------------------------------------------------------------------------------------
@@ -594,8 +590,9 @@ def _ones(x):
 
 
 @njit(**INNER)
-def pmu_tick(m, node, i, t, bits):
+def pmu_tick(m, i, t, bits):
     row = m.pmu[i]
+    wake = NEVER
     write, read = row[SIDE], row[SIDE + 1]
     acts = False
 
@@ -670,13 +667,13 @@ def pmu_tick(m, node, i, t, bits):
             acts = True
         elif token > t:
             cause = _TOKEN
-            _wake_known(m, node, token)
+            wake = min(wake, token)
         elif operand > t:
             cause = _OPERAND
-            _wake_known(m, node, operand)
+            wake = min(wake, operand)
         else:
             cause = _INTERVAL
-            _wake(m, node, c[GAP])
+            wake = min(wake, c[GAP])
     _account(m, write, t, cause)
 
     # The read side.
@@ -698,32 +695,33 @@ def pmu_tick(m, node, i, t, bits):
             acts = True
         elif token > t:
             cause = _TOKEN
-            _wake_known(m, node, token)
+            wake = min(wake, token)
         else:
             cause = _INTERVAL
-            _wake(m, node, c[GAP])
+            wake = min(wake, c[GAP])
     _account(m, read, t, cause)
 
     if acts:
         _happens(m, t)
-        _wake(m, node, t + 1)
+        wake = min(wake, t + 1)
     if move:
-        _wake_known(m, node, _due(m, row, PMU_RING, row[PMU_SLIP]))
+        wake = min(wake, _due(m, row, PMU_RING, row[PMU_SLIP]))
     else:
-        _wake_known(m, node, room)
+        wake = min(wake, room)
+    return wake
 
 
 # ---- switches -----------------------------------------------------------------------------------------
 
 
 @njit(**INNER)
-def _fork(m, node, link, first_out, outs, t):
+def _fork(m, link, first_out, outs, t):
     """A switch with one input, where nobody else wants an output."""
     row = m.link[link]
     head = _head(m, link)
     if head > t:
-        _wake_known(m, node, head)
-        return
+        return head
+    wake = NEVER
     item = m.items[row[BASE] + row[READ]]
     wants = m.flow_out[item >> 16] & ~row[SENT]
     for o in range(outs):
@@ -735,19 +733,20 @@ def _fork(m, node, link, first_out, outs, t):
                 wants ^= 1 << o
                 row[SENT] |= 1 << o
             else:
-                _wake_known(m, node, room)
+                wake = min(wake, room)
     if not wants:
         row[SENT] = 0
         _pop(m, link, t)
-        _wake_known(m, node, max(_head(m, link), t + 1))
+        wake = max(_head(m, link), t + 1)
+    return wake
 
 
 @njit(**INNER)
-def switch_tick(m, node, s, t):
+def switch_tick(m, s, t):
     first, ins, first_out, outs = m.switch[s]
     if ins == 1:
-        _fork(m, node, m.ports[first], first_out, outs, t)
-        return
+        return _fork(m, m.ports[first], first_out, outs, t)
+    wake = NEVER
     for i in range(ins):
         link = m.ports[first + i]
         row = m.link[link]
@@ -756,7 +755,7 @@ def switch_tick(m, node, s, t):
         if head <= t:
             row[WANT] = m.flow_out[m.items[row[BASE] + row[READ]] >> 16] & ~row[SENT]
         else:
-            _wake_known(m, node, head)
+            wake = min(wake, head)
     for o in range(outs):
         out = m.ports[first_out + o]
         turn = m.link[out, TURN]
@@ -775,7 +774,7 @@ def switch_tick(m, node, s, t):
             continue
         room = _room(m, out, t)
         if room > t:
-            _wake_known(m, node, room)
+            wake = min(wake, room)
             continue
         row = m.link[m.ports[first + chosen]]
         item = m.items[row[BASE] + row[READ]]
@@ -784,14 +783,15 @@ def switch_tick(m, node, s, t):
         row[SENT] |= 1 << o
         row[WANT] &= ~(1 << o)
         if several:
-            _wake(m, node, t + 1)
+            wake = min(wake, t + 1)
     for i in range(ins):
         link = m.ports[first + i]
         row = m.link[link]
         if row[SENT] and not row[WANT]:
             row[SENT] = 0
             _pop(m, link, t)
-            _wake_known(m, node, max(_head(m, link), t + 1))
+            wake = min(wake, max(_head(m, link), t + 1))
+    return wake
 
 
 # ---- gates to memory ----------------------------------------------------------------------------------
@@ -822,7 +822,9 @@ def _agcu_asks(m, row, t):
 
 
 @njit(**INNER)
-def _agcu_acts(m, node, row, t):
+def _agcu_acts(m, row, t):
+    """It does what it can. Returns when it may do more, or something else."""
+    wake = NEVER
     chain = row[AGCU]
     c = m.chain[chain]
     acts = full = False
@@ -848,7 +850,7 @@ def _agcu_acts(m, node, row, t):
                 acts = True
             else:
                 full = True
-                _wake_known(m, node, room)
+                wake = min(wake, room)
         if not full and _due(m, row, AGCU_RING, 0) <= t:
             row[AGCU_RING + 2] += 1
             row[VALID] = 1
@@ -877,13 +879,13 @@ def _agcu_acts(m, node, row, t):
         token = _missing(m, chain, t)
         if token > t:
             cause = _TOKEN
-            _wake_known(m, node, token)
+            wake = min(wake, token)
         elif operand > t:
             cause = _OPERAND
-            _wake_known(m, node, operand)
+            wake = min(wake, operand)
         elif c[GAP] > t:
             cause = _INTERVAL
-            _wake(m, node, c[GAP])
+            wake = min(wake, c[GAP])
         else:
             cause = _MEMORY
     else:
@@ -891,15 +893,17 @@ def _agcu_acts(m, node, row, t):
     _account(m, chain, t, cause)
     if acts:
         _happens(m, t)
-        _wake(m, node, t + 1)
+        wake = min(wake, t + 1)
     if not full and not row[STORE]:
-        _wake_known(m, node, max(_due(m, row, AGCU_RING, 0), t + 1))
+        wake = min(wake, max(_due(m, row, AGCU_RING, 0), t + 1))
+    return wake
 
 
 @njit(**INNER)
-def group_tick(m, node, g, t):
+def group_tick(m, g, t):
     """A channel and its AGCUs."""
     group = m.group[g]
+    wake = NEVER
     count = group[AGCUS]
     asks = 0
     for k in range(count):
@@ -908,7 +912,7 @@ def group_tick(m, node, g, t):
         real = t + m.clock[SKIPPED]
         working = next_working(real, group[RATE_P], group[RATE_Q])
         if working > real:
-            _wake(m, node, t + working - real)
+            wake = min(wake, t + working - real)
         else:
             i = group[GROUP_TURN]
             while not m.agcu[group[FIRST_AGCU] + i, ASKS]:
@@ -918,7 +922,8 @@ def group_tick(m, node, g, t):
             row[LINES] += 1
             group[GROUP_TURN] = i + 1 if i + 1 < count else 0
     for k in range(count):
-        _agcu_acts(m, node, m.agcu[group[FIRST_AGCU] + k], t)
+        wake = min(wake, _agcu_acts(m, m.agcu[group[FIRST_AGCU] + k], t))
+    return wake
 
 
 # ---- the run ------------------------------------------------------------------------------------------
@@ -950,13 +955,15 @@ def tick(m, bits):
             some = True
             kind, i = m.kind[node], m.index[node]
             if kind == PCU:
-                pcu_tick(m, node, i, t)
+                wake = pcu_tick(m, i, t)
             elif kind == PMU:
-                pmu_tick(m, node, i, t, bits)
+                wake = pmu_tick(m, i, t, bits)
             elif kind == SWITCH:
-                switch_tick(m, node, i, t)
+                wake = switch_tick(m, i, t)
             else:
-                group_tick(m, node, i, t)
+                wake = group_tick(m, i, t)
+            if wake < NEVER:
+                _wake(m, node, wake)
     return some
 
 
@@ -970,42 +977,11 @@ def close(m):
 # ---- periods ------------------------------------------------------------------------------------------
 
 
-def snapshot(m: Machine) -> Machine:
-    """Room for a copy of a machine's state."""
-    fixed = (
-        "kind",
-        "index",
-        "wire",
-        "wire_queue",
-        "wire_ticks",
-        "switch",
-        "ports",
-        "flow_out",
-        "flow_next",
-        "tables",
-    )
-    return Machine(*(a if name in fixed else a.copy() for name, a in zip(Machine._fields, m, strict=True)))
-
-
-@njit(cache=True)
-def _keep(s, m):
-    """Copy all state of m to s, both accounted for up to now."""
-    for chain in range(len(m.chain)):
-        _account(m, chain, m.clock[NOW], m.chain[chain, CAUSE])
-    s.clock[:] = m.clock
-    s.chain[:] = m.chain
-    s.activity[:] = m.activity
-    s.link[:] = m.link
-    s.slots[:] = m.slots
-    s.items[:] = m.items
-    s.queue[:] = m.queue
-    s.tokens[:] = m.tokens
-    s.pcu[:] = m.pcu
-    s.pmu[:] = m.pmu
-    s.agcu[:] = m.agcu
-    s.group[:] = m.group
-    s.ring[:] = m.ring
-    s.planes[:] = m.planes
+def _flush(m: Machine) -> None:
+    """Account for all ticks up to now."""
+    since = m.clock[NOW] - m.chain[:, SINCE]
+    np.add.at(m.activity, (np.arange(len(m.chain)), m.chain[:, CAUSE]), since)
+    m.chain[:, SINCE] = m.clock[NOW]
 
 
 @njit(**INNER)
@@ -1173,75 +1149,97 @@ def _again(m, s, i, least):
     return NEVER if _same_queue(m, s, i - len(m.link)) else -1
 
 
-@njit(cache=True)
-def _leap(m, s, times):
+def _leap(m: Machine, s: Machine, times: int) -> None:
     """Take the period from s to m so many times more. Queues stay as they are, and so does NOW."""
     period = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
-    for chain in range(len(m.chain)):
-        _account(m, chain, m.clock[NOW], m.chain[chain, CAUSE])
-        a, b = s.chain[chain], m.chain[chain]
-        m.activity[chain] += (m.activity[chain] - s.activity[chain]) * times
-        for n in range(_LEVELS):
-            by = (b[COUNTER + n] - a[COUNTER + n]) * times
-            b[COUNTER + n] += by
-            b[ORIGIN] = (b[ORIGIN] + by * b[STRIDE + n]) & b[MASK]
-        n = b[ENDS]
-        while n < _LEVELS and b[COUNTER + n] + 1 >= b[COUNT + n]:
-            n += 1
-        b[ENDS] = n if n < _LEVELS else _LEVELS + 2
-        if b[STEPS] != a[STEPS]:
-            b[STEPS] += (b[STEPS] - a[STEPS]) * times
-            b[END] += period * times
-    for i in range(len(m.pcu)):
-        a, b = s.pcu[i], m.pcu[i]
-        b[SEQUENCE] = (b[SEQUENCE] + (b[SEQUENCE] - a[SEQUENCE]) * times) & 0xFFFF
-    for i in range(len(m.pmu)):
-        a, b = s.pmu[i], m.pmu[i]
-        b[PMU_SEQUENCE] = (b[PMU_SEQUENCE] + (b[PMU_SEQUENCE] - a[PMU_SEQUENCE]) * times) & 0xFFFF
-        for column in (CONFLICTS, MOVED, MOVED + 1, DROPPED):
-            b[column] += (b[column] - a[column]) * times
-    for i in range(len(m.agcu)):
-        a, b = s.agcu[i], m.agcu[i]
-        b[AGCU_SEQUENCE] = (b[AGCU_SEQUENCE] + (b[AGCU_SEQUENCE] - a[AGCU_SEQUENCE]) * times) & 0xFFFF
-        b[LINES] += (b[LINES] - a[LINES]) * times
-        mask = m.chain[b[AGCU], MASK] >> b[LINE_SHIFT]
-        b[HELD_LINE] = (b[HELD_LINE] + (b[HELD_LINE] - a[HELD_LINE]) * times) & mask
-    for i in range(len(m.link)):
-        a, b = s.link[i], m.link[i]
-        b[PUSHES] += (b[PUSHES] - a[PUSHES]) * times
+
+    def more(table: str, columns: list[int] | slice) -> np.ndarray:
+        return (getattr(m, table)[:, columns] - getattr(s, table)[:, columns]) * times
+
+    m.activity[:] += more("activity", slice(None))
+    c = m.chain
+    counters = slice(COUNTER, COUNTER + _LEVELS)
+    by = more("chain", counters)
+    c[:, counters] += by
+    c[:, ORIGIN] = c[:, ORIGIN] + (by * c[:, STRIDE : STRIDE + _LEVELS]).sum(axis=1) & c[:, MASK]
+    at_end = c[:, counters] + 1 >= c[:, COUNT : COUNT + _LEVELS]
+    c[:, ENDS] = np.where(at_end.all(axis=1), _LEVELS + 2, (~at_end).argmax(axis=1))
+    steps = more("chain", [STEPS])[:, 0]
+    c[:, STEPS] += steps
+    c[:, END] += np.where(steps, period * times, 0)
+    line = m.agcu[:, HELD_LINE] + more("agcu", [HELD_LINE])[:, 0]
+    m.agcu[:, HELD_LINE] = line & c[m.agcu[:, AGCU], MASK] >> m.agcu[:, LINE_SHIFT]
+    for table, counted, sequence in (
+        ("pcu", [], SEQUENCE),
+        ("pmu", [CONFLICTS, MOVED, MOVED + 1, DROPPED], PMU_SEQUENCE),
+        ("agcu", [LINES], AGCU_SEQUENCE),
+    ):
+        rows = getattr(m, table)
+        rows[:, [*counted, sequence]] += more(table, [*counted, sequence])
+        rows[:, sequence] &= 0xFFFF
+    m.link[:, PUSHES] += more("link", [PUSHES])[:, 0]
     m.clock[SKIPPED] += period * times
 
 
-@njit(cache=True)
-def run(m, s, bits, fold):
-    """Tick by tick, until nothing is scheduled or something is wrong. Returns the ticks that were simulated.
+# What a run never changes.
+_FIXED = (
+    "kind",
+    "index",
+    "wire",
+    "wire_queue",
+    "wire_ticks",
+    "switch",
+    "ports",
+    "flow_out",
+    "flow_next",
+    "tables",
+)
+# What `advance` keeps between calls: ticks without anything scheduled, ticks simulated, the part compared last.
+ASLEEP, TICKS, PART, PROGRESS = range(4)
 
-    With `fold` the state is compared in every tick with a snapshot, for which s is room; it is renewed whenever twice
-    as many ticks have passed (Brent's cycle detection). What differed last is compared first, so most comparisons
-    end at once.
+
+@njit(cache=True)
+def advance(m, s, bits, progress, compare, until):
+    """Tick by tick, until nothing is scheduled or something is wrong: 0; or until that many ticks were simulated: -1.
+
+    With `compare` also until the state is as in the snapshot s: the number of periods that may follow.
     """
     parts = len(m.chain) + len(m.pcu) + len(m.pmu) + len(m.agcu) + len(m.group) + len(m.link) + len(m.queue)
-    asleep = ticks = began = at = 0
-    kept = -1  # tick of the snapshot, -1: none
-    while asleep < WHEEL and not m.clock[FAULT]:
-        asleep = 0 if tick(m, bits) else asleep + 1
+    while progress[ASLEEP] < WHEEL and not m.clock[FAULT]:
+        if progress[TICKS] >= until:
+            return -1
+        progress[ASLEEP] = 0 if tick(m, bits) else progress[ASLEEP] + 1
         m.clock[NOW] += 1
-        ticks += 1
-        if not fold:
-            continue
-        if kept >= 0:
+        progress[TICKS] += 1
+        if compare:
             period = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
-            least = max(64, ticks >> 3) // period + 1  # a leap must be worth its copies
+            least = max(64, progress[TICKS] >> 3) // period + 1  # a leap must be worth its copies
             times = NEVER
             for _ in range(parts):
-                times = min(times, _again(m, s, at, least))
+                # What differed last is compared first, so most comparisons end at once.
+                times = min(times, _again(m, s, progress[PART], least))
                 if times < 0:
                     break
-                at = at + 1 if at + 1 < parts else 0
-            if 0 <= times < NEVER:
-                _leap(m, s, times)
-                kept, began = -1, ticks
-        if ticks - began >= (32 if kept < 0 else 2 * (kept - began)):
-            _keep(s, m)
-            kept = ticks
-    return ticks
+                progress[PART] = progress[PART] + 1 if progress[PART] + 1 < parts else 0
+            if 0 < times < NEVER:
+                return times
+    return 0
+
+
+def run(m: Machine, bits: int, fold: bool) -> int:
+    """Until everything is quiet or something is wrong. Returns the ticks that were simulated.
+
+    With `fold` the state is compared in every tick with a snapshot that is renewed whenever twice as many ticks have
+    passed (Brent's cycle detection).
+    """
+    progress = np.zeros(PROGRESS, np.int64)
+    began, span, kept = 0, 32, m
+    while times := advance(m, kept, bits, progress, kept is not m, began + span if fold else NEVER):
+        _flush(m)
+        if times > 0:
+            _leap(m, kept, times)
+            began, span, kept = int(progress[TICKS]), 32, m
+        else:
+            kept = Machine(*(a if n in _FIXED else a.copy() for n, a in zip(Machine._fields, m, strict=True)))
+            span *= 2
+    return int(progress[TICKS])

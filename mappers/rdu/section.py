@@ -205,6 +205,15 @@ class Section:
         self.token(f"{name}.write", 0, f"{name}.read", 0)
         self.token(f"{name}.read", 0, f"{name}.write", 0)
 
+    def units(self, kind: str) -> list[str]:
+        """Names of the units of a kind, in the order in which they came."""
+        return [name for name, k in self._kinds.items() if k == kind]
+
+    def fields(self, unit: str) -> dict[str, int]:
+        """The configuration of a unit as it stands, to be changed before `build`."""
+        self._known(unit, "fields of")
+        return self._fields[unit]
+
     def _known(self, unit: str, what: str) -> None:
         if unit not in self._kinds:
             raise UserError(f"{what} {unit}: there is no such unit; {nearest(unit, self._kinds)}")

@@ -88,7 +88,9 @@ def pipeline(p, tiles, n=8, more=None):
 
 # Odd tiles go to words 32 .. 63.
 HALVES = {
-    f"{side}_{k}": v for side in ("write", "read") for k, v in (("count1", 2), ("count2", 1000), ("stride1", 32))
+    f"{side}_{k}": v
+    for side in ("write", "read")
+    for k, v in (("count1", 2), ("count2", 1000), ("stride1", 32))
 }
 
 
@@ -98,7 +100,7 @@ def test_periods_are_leapt_over(more):
     section = pipeline(p, 2000, more=more)
     assert_equal(*both(p, section))
     m = build(p, section, {}).machine
-    simulated = engine.run(m, engine.snapshot(m), 3, True)
+    simulated = engine.run(m, 3, True)
     assert 40 * simulated < m.clock[engine.QUIET] + m.clock[engine.SKIPPED]
 
 
@@ -121,7 +123,7 @@ def test_the_rate_of_memory_is_part_of_the_state(rate):
     plain, folded = both(p, s.records())
     assert_equal(plain, folded)
     m = build(p, s.records(), {}).machine
-    assert 2 * engine.run(m, engine.snapshot(m), 3, True) < plain.ticks
+    assert 2 * engine.run(m, 3, True) < plain.ticks
 
 
 def test_links_without_a_choice_are_joined():

@@ -235,7 +235,7 @@ def _counts(values: Sequence[int], prefix: str = "") -> dict[str, int]:
     return {f"{prefix}count{n}": value for n, value in enumerate(values)}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stream:
     """What a unit gives: packets, by which network, and the names of inputs that it leads to."""
 
@@ -254,7 +254,8 @@ class _Draft:
         self.p, self.rng = p, rng
         self.section = Section(p, name)
         self.free = {"pcu": p.pcus, "pmu": p.pmus, "agcu": 2 * p.agcus_per_side}
-        self.streams: list[_Stream] = []
+        self.streams: list[_Stream] = []  # that may lead on
+        self.done: list[_Stream] = []
         self.line = p.lanes * arch.WORD_BITS // 8
         self.begins = {tier: _HALF * written * self.line for tier in arch.TIERS}
         self.reads_at = _HALF * (1 - written) * self.line
@@ -274,7 +275,7 @@ class _Draft:
     def take(self, kind: str) -> str:
         """A name for a unit of that kind."""
         self.free[kind] -= 1
-        return f"{kind}{len(self.section.tags)}_{sum(self.free.values())}"
+        return f"{kind}{self.free[kind]}"
 
     def room(self, units: int, streams: int = 0) -> bool:
         """Whether, with so many units and streams more, every stream can still end at a unit of its own."""
@@ -282,9 +283,14 @@ class _Draft:
         return sum(self.free.values()) - units >= waiting
 
     def lead(self, stream: _Stream, unit: str, index: int = 0) -> None:
+        """To that input; sometimes it may lead to others, too."""
         stream.sinks.append((unit, index))
-        if not self.chance(0.25) and stream in self.streams:
-            self.streams.remove(stream)  # else it may lead to others, too
+        if not self.chance(0.25):
+            self.close(stream)
+
+    def close(self, stream: _Stream) -> None:
+        if stream in self.streams:
+            self.streams.remove(stream)
             self.done.append(stream)
 
     def common(self) -> dict[str, Any]:
@@ -401,13 +407,15 @@ class _Draft:
         self.section.pmu(name, **given)
         self.read_by(name)
 
-    def read_by(self, name: str) -> None:
-        """The stream of a scratchpad, if it gives any packet at all."""
+    def read_by(self, name: str) -> _Stream:
+        """The stream of a scratchpad; it may be empty."""
         fields = self.section.fields(name)
         where = kernels.addresses(fields, "read", self.p.lanes)
         packets = int(kernels.place(fields, where, self.p.banks)[0].any(axis=1).sum())
+        stream = _Stream(name, packets)
         if packets:
-            self.streams.append(_Stream(name, packets))
+            self.streams.append(stream)
+        return stream
 
     def sink(self, stream: _Stream) -> None:
         """A scratchpad that keeps what comes."""
@@ -474,35 +482,22 @@ class _Draft:
         border = int(self.rng.integers(1, n * p.lanes))
         values = _split(self.rng, n, p.pmu_counters)
         strides = {f"stride{k}": p.lanes * prod(values[:k]) for k in range(p.pmu_counters)}
-        names = []
+        target, first = self.take("pmu"), 0
         for low, words in ((0, border), (border, self.words)):
             name = self.take("pmu")
-            given: dict[str, Any] = {"enable": 3, "low": low, "words": min(words, self.words)}
+            given: dict[str, Any] = {"enable": 3, "low": low, "words": words}
             for prefix in ("write_", "read_"):
                 given |= _counts(values, prefix) | {f"{prefix}{k}": v for k, v in strides.items()}
                 given |= self.throttle(prefix)
             self.section.pmu(name, **given, tag=self.pick(*self.tags))
             self.section.double_buffer(name, write_level=7, read_level=7, buffers=1)
-            self.lead(stream, name)
-            if stream not in self.streams:
-                self.done.remove(stream)
-                self.streams.append(stream)
-            names.append(name)
-        self.streams.remove(stream)
-        self.done.append(stream)
-        for name in names:
-            self.read_by(name)
-        parts = [self.streams.pop() for _ in names] if len(self.streams) >= 2 else []
-        parts = parts[::-1]
-        if [s.unit for s in parts] != names:
-            self.streams += parts
-            return
-        target, first = self.take("pmu"), 0
-        for part in parts:
-            self.section.fields(part.unit).update(sequence=first, sequence_step=1)
+            stream.sinks.append((name, 0))
+            part = self.read_by(name)
+            self.section.fields(name).update(sequence=first, sequence_step=1)
             first += part.packets
             part.sinks.append((target, 0))
-            self.done.append(part)
+            self.close(part)
+        self.close(stream)
         scale = self.pick(p.lanes, p.lanes + 1)
         again = _split(self.rng, self.pick(first, 3), p.pmu_counters)
         self.section.pmu(
@@ -606,7 +601,6 @@ class _Draft:
 
     def draw(self) -> None:
         """Units and streams."""
-        self.done: list[_Stream] = []
         for _ in range(self.pick(1, 2, 2, 3)):
             for make, kind in ((self.load, "agcu"), (self.source, "pmu")):
                 if self.free[kind] and self.room(1, 1) and self.chance(0.75):
@@ -653,11 +647,11 @@ class _Draft:
         if vector:
             ends += [("agcu", self.store), ("agcu", self.store), ("pmu", self.sink)]
         ends = [(kind, make) for kind, make in ends if self.free[kind]]
-        if not ends or (stream.sinks and not self.chance(0.2)):
-            return
-        if not stream.needed and (not self.room(1) or not self.chance(0.9)):
-            return
-        self.pick(*ends)[1](stream)
+        wanted = not stream.sinks and (stream.needed or self.chance(0.9))
+        spare = self.room(1) and (wanted or self.chance(0.2))
+        if ends and (spare or (wanted and stream.needed)):
+            _, make = ends[int(self.rng.integers(0, len(ends)))]
+            make(stream)
 
     def wait_for_ends(self) -> None:
         """Now and then a unit begins when another one has ended."""
@@ -796,7 +790,17 @@ def case(structure: Structure, number: int, seed: Sequence[int]) -> Case:
     assert isinstance(spec, arch.RduSpec)
     if not structure.keep_timing:
         spec = _timed(spec, rng, number)
-    return Case(spec, _program(spec.params(), rng, number), 3 * int(rng.integers(0, 1 << 40)) + number % 3)
+    p = spec.params()
+    for _ in range(_TRIES):
+        text = _program(p, rng, number)
+        try:
+            sim.simulate(p, ISA.assemble(text))
+        except UserError as error:  # other arguments, and with them other ticks
+            if "deadlock" not in str(error):
+                raise
+            continue
+        return Case(spec, text, 3 * int(rng.integers(0, 1 << 40)) + number % 3)
+    raise AssertionError(f"none of {_TRIES} random programs comes to an end")
 
 
 # ---- images -------------------------------------------------------------------------------------------
