@@ -1,12 +1,14 @@
 """The regression applications by which Plasticine's own simulator is logged, as sections of one kernel each.
 
-github.com/stanford-ppl/pir, regression/ at d4ea004b: loop nests over tiles, whose loops are unrolled by parallelisation
-factors. A tile is double-buffered in a PMU, so that what fills it and what uses it work at the same time; loops that
-carry a sum over tiles wait for a token. The network is ours, with hops, where the logs have an ideal point-to-point
-one. Integers of 32 bits, as there. What an application gives to its host is a word of memory here.
+github.com/stanford-ppl/pir, regression/ at d4ea004b: loop nests over tiles, whose loops are unrolled by
+parallelisation factors. A tile is double-buffered in a PMU, so that what fills it and what uses it work at
+the same time; loops that carry a sum over tiles wait for a token. The network is ours, with hops, where the
+logs have an ideal point-to-point one. Integers of 32 bits, as there. What an application gives to its host is
+a word of memory here.
 
-All streams are routed as if they moved a packet a tick, so that none shares a link: of two that do, one may wait for
-the other for ever, where a unit takes both. Loops are given as (iterations, stride) pairs, innermost first; a stride is in words in PMUs, in bytes off chip.
+All streams are routed as if they moved a packet a tick, so that none shares a link: of two that do, one may
+wait for the other for ever, where a unit takes both. Loops are given as (iterations, stride) pairs, innermost
+first; a stride is in words in PMUs, in bytes off chip.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -123,9 +125,10 @@ def buffer(
 ) -> None:
     """A PMU that holds tiles of at most `size` words: while one is written, one before is read.
 
-    `write` and `read` are the loops of a tile; `write_lane`, `read_lane` are words from lane to lane, `base` is where
-    writing begins; what is out of range is dropped. With `diagonal`, the words of a row, a column is read at the rate
-    of a row. There are two buffers, or up to BUFFERS, as many as divide the tiles; of a single tile there is one. Raises UserError where they do not fit.
+    `write` and `read` are the loops of a tile; `write_lane`, `read_lane` are words from lane to lane, `base`
+    is where writing begins; what is out of range is dropped. With `diagonal`, the words of a row, a column is
+    read at the rate of a row. There are two buffers, or up to BUFFERS, as many as divide the tiles; of a
+    single tile there is one. Raises UserError where they do not fit.
     """
     p = s.params
     capacity = p.banks * p.bank_words
@@ -176,7 +179,15 @@ def accumulator(s: Section, name: str, *, size: int, passes: int, tag: str = "")
 
 
 def gate(
-    s: Section, name: str, direction: str, loops: Loops, *, argument: int, words: int, tag: str = "", **more: Any
+    s: Section,
+    name: str,
+    direction: str,
+    loops: Loops,
+    *,
+    argument: int,
+    words: int,
+    tag: str = "",
+    **more: Any,
 ) -> None:
     """An AGCU that moves `words` words an iteration, from byte address args[`argument`] on."""
     s.agcu(
@@ -190,9 +201,17 @@ def gate(
     )
 
 
-def int_stage(operation: str, to: int, a: str | int, b: str | int = 0, constant: int = 0, c: int = 0) -> Stage:
+def int_stage(
+    operation: str, to: int, a: str | int, b: str | int = 0, constant: int = 0, c: int = 0
+) -> Stage:
     """A stage on int32 words. Operands: a register's number, "c2" for a counter, "constant" or "lane"."""
-    out: Stage = {"operation": operation, "type": "int32", "to": to, "c": c, "constant": constant & 0xFFFFFFFF}
+    out: Stage = {
+        "operation": operation,
+        "type": "int32",
+        "to": to,
+        "c": c,
+        "constant": constant & 0xFFFFFFFF,
+    }
     for name, operand in (("a", a), ("b", b)):
         if isinstance(operand, int):
             out[name] = operand
@@ -326,7 +345,14 @@ def dot_product(params: RduParams, *, n: int = 1024, tile: int = 32, inner: int 
                 argument=argument, words=inner,
             )  # fmt: skip
             buffer(
-                s, f"{name}{u}", size=tile // inner * slot, tiles=turns, tag=name, write=loops, read=loops, **lanes
+                s,
+                f"{name}{u}",
+                size=tile // inner * slot,
+                tiles=turns,
+                tag=name,
+                write=loops,
+                read=loops,
+                **lanes,
             )
             s.stream(f"load_{name}{u}", (f"{name}{u}", 0))
             s.stream(f"{name}{u}", (f"dot{u}", k))
@@ -378,7 +404,7 @@ def outer_product(
             read=[(rows, 1), (turns_j, 0)], read_lane=alone(p), **lane,
         )  # fmt: skip
         # A PMU gives vectors only; a word for all lanes comes by the scalar network.
-        s.pcu(f"word{u}", tag="rows", mode="simd", vectors=1, send_scalar=1, **_counts(rows * turns))
+        s.pcu(f"word{u}", tag="rows", mode="simd", vectors=1, send_scalar=1, count0=rows * turns)
         s.stream(f"load_rows{u}", (f"rows{u}", 0))
         s.stream(f"rows{u}", (f"word{u}", 0))
         for v in range(outer_columns):
@@ -420,9 +446,7 @@ def outer_product(
                 argument=argument(4 * (2 * n + u * rows * n + v * columns)), words=words,
             )  # fmt: skip
             s.stream(f"tile{name}", (f"store{name}", 0))
-        s.stream(
-            f"word{u}", *((f"product{u}_{v}", 0) for v in range(outer_columns)), network="scalar"
-        )
+        s.stream(f"word{u}", *((f"product{u}_{v}", 0) for v in range(outer_columns)), network="scalar")
     rng = np.random.default_rng(0)
     a, b = _data(rng, n), _data(rng, n)
     product = (a[:, None].astype(np.int64) * b).astype(np.int32)
@@ -485,7 +509,13 @@ def mem_reduce(params: RduParams, *, size: int = 1024, n: int = 100, outer: int 
     accumulator(s, "sum", size=size, passes=passes, tag="add")
     # The sums so far go to both; what is stored is the last.
     buffer(
-        s, "total", size=size, tiles=1, tag="add", write=[(slots, p.lanes), (passes, 0)], read=[(slots, p.lanes)]
+        s,
+        "total",
+        size=size,
+        tiles=1,
+        tag="add",
+        write=[(slots, p.lanes), (passes, 0)],
+        read=[(slots, p.lanes)],
     )
     s.stream("sum", ("add", 0))
     s.stream("add", ("sum", 0), ("total", 0))
@@ -528,7 +558,12 @@ def sram_split(
         if write > 1:
             stages.append(int_stage("add", 0, 0, "lane"))
         s.pcu(
-            f"fill{u}", tag="write", mode="simd", stages=stages, send_vector=1, **_counts(tile // write, tiles)
+            f"fill{u}",
+            tag="write",
+            mode="simd",
+            stages=stages,
+            send_vector=1,
+            **_counts(tile // write, tiles),
         )
         s.pcu(
             f"tile{u}",
@@ -540,7 +575,8 @@ def sram_split(
             fold_level=1,
             tree="none" if read == 1 else "add",
             send_scalar=1,
-            **_counts(tile // read, tiles),
+            count0=tile // read,
+            count1=tiles,
         )
         s.pcu(
             f"copy{u}",

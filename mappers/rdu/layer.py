@@ -25,6 +25,8 @@ __all__ = ["LOWEST", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached"
 
 LOWEST = -1e30
 """What the score of a masked key is."""
+UNITS = float(1 << 23)
+"""A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
 GELU_CUBIC = 0.044715
 GELU_SCALE = float(2 * np.sqrt(2 / np.pi))
 Matrix = list[Flow]
@@ -148,6 +150,16 @@ def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False
         *mlp("h2"),
         Op("mlp_add", "add", ("y", "w"), ("z",)),
     ]
+
+
+def slope(heads: int, head: int) -> float:
+    """A head's factor of linear biases (Press, Smith, Lewis, "Train short, test long", ICLR 2022).
+
+    Heads beyond a power of two take every other one of the next power's.
+    """
+    power = 1 << heads.bit_length() - 1
+    exponent = (head + 1) / power if head < power else (2 * (head - power) + 1) / (2 * power)
+    return float(np.float32(2.0 ** (-8 * exponent)))
 
 
 class Rows:
@@ -402,8 +414,7 @@ class Rows:
                 r = line.read(f"{head}.first{k}", name, flow, [(width, 1)])
                 most.append(
                     line.simd(
-                        f"{head}.max{k}", name, [(r, 0), *self._slopes(head, h, k, width, "a")],
-                        self._masked(k * width, 1), width, result=4, fold="maximum",
+                        f"{head}.max{k}", name, [(r, 0)], self._masked(k * width, h), width, result=4, fold="maximum",
                     )  # fmt: skip
                 )
             most = self._total(f"{head}.max", name, most, "maximum")
@@ -413,8 +424,8 @@ class Rows:
             for k, flow in enumerate(scores):
                 r = line.read(f"{head}.second{k}", name, flow, [(width, 1)], after=after)
                 power = line.simd(
-                    f"{head}.exp{k}", name, [(r, 0), *self._slopes(head, h, k, width, "b"), (top, 1)],
-                    [*self._masked(k * width, 1), stage("subtract", 4, 2 if m.position == "alibi" else 1, 4)],
+                    f"{head}.exp{k}", name, [(r, 0), (top, 1)],
+                    [*self._masked(k * width, h), stage("subtract", 4, 1, 4)],
                     width, result=4, function="exp", round=1,
                 )  # fmt: skip
                 sums.append(line.simd(f"{head}.sum{k}", name, [(power, 0)], [], width, fold="add"))
@@ -437,13 +448,13 @@ class Rows:
                 sequence=h * dim if s.heads > 1 else 0,
             )  # fmt: skip
             sources.append(final.sources)
-            readers.append(reads[0].sources)
+            readers.append(final.readers)
         self.at[op.writes[0]] = [
             Flow(
                 s.q_dim,
                 tuple(tuple(src[g][0] for src in sources) for g in range(line.groups)),
                 dim,
-                tuple(tuple(r[g][0] for r in readers) for g in range(line.groups)),
+                tuple(tuple(n for r in readers for n in r[g]) for g in range(line.groups)),
             )
         ]
 
@@ -456,14 +467,7 @@ class Rows:
             out += some
         return out
 
-    def _slopes(self, head: str, h: int, k: int, width: int, copy: str) -> list[tuple[Flow, int]]:
-        """The linear biases of a head's keys."""
-        if self.model.position != "alibi":
-            return []
-        offset = (h * self.keys + k * width) * BF16_BYTES
-        return [(self.line.broadcast(f"{head}.bias{copy}{k}", "attention", "slopes", width, offset=offset), 0)]
-
-    def _masked(self, first: int, alibi: int) -> list[dict[str, Any]]:
+    def _masked(self, first: int, head: int) -> list[dict[str, Any]]:
         """Stages that scale the score in register 0, and mask it where key `first` + counter 0 is none of its row's.
 
         The result is in register 4, registers 5 to 7 are used.
@@ -472,9 +476,16 @@ class Rows:
         groups = self.tiles.groups
         whole = {"kind": "int32"}
         out = [stage("multiply", 0, float(np.float32(m.head_dim**-0.5)), 4)]
-        if m.position == "alibi":
-            out.append(stage("add", 4, alibi, 4))
-        out.append({"operation": "add", "type": "int32", "a_from": "counter", "a": 0, "b_from": "constant", "constant": first, "to": 5})
+        out.append(
+            {"operation": "add", "type": "int32", "a_from": "counter", "a": 0, "b_from": "constant", "constant": first, "to": 5}
+        )
+        if m.position == "alibi":  # the key's number as a float, times the head's slope
+            out += [
+                {"operation": "or", "type": "int32", "a": 5, "b_from": "constant", "constant": constant(UNITS), "to": 6},
+                stage("subtract", 6, UNITS, 6),
+                stage("multiply", 6, slope(m.heads, head), 6),
+                stage("add", 4, 6, 4),
+            ]
         if not m.causal:
             limit = {"operation": "less", "type": "int32", "a": 5, "b_from": "constant", "constant": self.keys, "c": 0, "to": 6}
             choose = {"operation": "select", "type": "int32", "a": 4, "b_from": "constant", "constant": constant(LOWEST), "c": 6, "to": 4}
@@ -613,6 +624,12 @@ def cached(
             )  # fmt: skip
             line.wire(f"{unit}.write", f"{unit}.read")
             line.feed(gate, unit)
+            if line.blocks > 1:
+                if h % step == 0 and k == 0:
+                    line.loads.append(unit)
+                line.rests(unit)
+            else:
+                line.resting.add(unit)
             line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
             units.append(unit)
         found.append(units)
@@ -785,7 +802,7 @@ class Vectors:
         sums = []
         for i in range(parts):
             own = depth // parts
-            r = line.read(f"{name}.x{i}", name, x, [(own, 1), (each, 0)], first=i * own, spread=True)
+            r = line.read(f"{name}.x{i}", name, x, [(own, 1), (each, 0)], first=i * own, words=True)
             self.banks.append(Bank(name, i, own, each, units))
             weights = [f"{name}.{i}.w{j}" for j in range(units)]
             sums.append(
@@ -830,7 +847,7 @@ class Vectors:
             )
         self.at[op.writes[0]] = turned
         for at, source, first in (("keys", turned, s.q_dim), ("values", qkv, s.q_dim + s.kv_dim)):
-            flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first, spread=True)
+            flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first, words=True)
             for g in range(line.groups):
                 gate = line.gate(
                     f"{name}.{at}.store.{g}", name, "store", "hbm", f"{at}.new", g * s.kv_dim * self.pitch * BF16_BYTES,
@@ -847,7 +864,8 @@ class Vectors:
         turned, qkv = (self.at[t] for t in op.reads)
         scale = float(np.float32(dim**-0.5))
         keys, values = self._cache(name, width) if self.keys else ([], [])
-        hidden = line.load(f"{name}.mask.in", name, "mask", whole, row=0) if self.keys else None
+        alibi = m.position == "alibi"
+        hidden = line.load(f"{name}.mask.in", name, "mask", whole, row=0, words=alibi) if self.keys else None
         outs = []
         for h in range(s.heads):
             own = h * s.kv_heads // s.heads
@@ -863,14 +881,16 @@ class Vectors:
             tops = [self_score]
             scores = None
             if hidden is not None:
-                x = line.read(f"{head}.query", name, turned, [(dim, 1), (strips, 0)], first=h * dim, spread=True)
+                x = line.read(f"{head}.query", name, turned, [(dim, 1), (strips, 0)], first=h * dim, words=True)
                 units = [[keys[g][own][c] for c in range(chunks)] for g in range(line.groups)]
                 raw = line.vector_product(f"{head}.score", name, x, dim, strips, units, rounded=False)
                 r = line.read(f"{head}.scores", name, raw, [(whole, 1)])
                 mask = line.read(f"{head}.mask", name, hidden, [(whole, 1)])
+                # With linear biases the mask is each key's distance.
+                biased = [stage("multiply", 1, slope(m.heads, h), 5)] if alibi else [stage("pass", 1, 1, 5)]
                 scores = line.simd(
                     f"{head}.masked", name, [(r, 0), (mask, 0)],
-                    [stage("multiply", 0, scale, 4), stage("add", 4, 1, 4)], whole, result=4,
+                    [stage("multiply", 0, scale, 4), *biased, stage("add", 4, 5, 4)], whole, result=4,
                 )  # fmt: skip
                 tops.append(line.simd(f"{head}.max", name, [(scores, 0)], [], whole, fold="maximum", tree="maximum"))
             top = line.simd(f"{head}.top", name, [(f, 0) for f in tops], self._joined(len(tops), "maximum"), 1, result=4)
@@ -888,7 +908,7 @@ class Vectors:
                 )  # fmt: skip
                 sums.append(line.simd(f"{head}.sum", name, [(power, 0)], [], whole, fold="add", tree="add"))
                 for c in range(chunks):
-                    x = line.read(f"{head}.p{c}", name, power, [(width, 1), (packets, 0)], first=c * width, spread=True)
+                    x = line.read(f"{head}.p{c}", name, power, [(width, 1), (packets, 0)], first=c * width, words=True)
                     units = [[values[g][own][c]] for g in range(line.groups)]
                     part = line.vector_product(f"{head}.value{c}", name, x, width, packets, units, rounded=False)
                     parts.append(line.read(f"{head}.part{c}", name, part, [(packets, 1)]))

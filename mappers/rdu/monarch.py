@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
 from tilewright.arch.rdu import ADDRESS_BITS, ISA, LEVELS, TOKENS, TOKENS_HELD, RduParams, is_pcu
-from tilewright.mappers.rdu.apps import buffer
+from tilewright.mappers.rdu.apps import Stage, buffer
 from tilewright.mappers.rdu.section import Built, Section, segment
 from tilewright.workloads import monarch
 from tilewright.workloads.monarch import Pair
@@ -111,10 +111,7 @@ class Convolution:
         parts = zip(self.kernels, built, strict=True)
         return Program(
             ISA,
-            [
-                segment(b, args=dict(k.arguments), index=i, host=host)
-                for i, (k, b) in enumerate(parts)
-            ],
+            [segment(b, args=dict(k.arguments), index=i, host=host) for i, (k, b) in enumerate(parts)],
             [*built[0].tags],
         )
 
@@ -225,16 +222,16 @@ def _loops(loops: Sequence[tuple[int, int]], prefix: str = "") -> dict[str, int]
     return out | {f"{prefix}stride{n}": stride for n, (_, stride) in enumerate(loops)}
 
 
-def _float(operation: str, to: int, a: int, b: int = 0, c: int = 0) -> dict[str, int | str]:
+def _float(operation: str, to: int, a: int, b: int = 0, c: int = 0) -> Stage:
     return {"operation": operation, "type": "fp32", "to": to, "a": a, "b": b, "c": c}
 
 
 # Outputs (re, im) in turn, by counter 0, from vectors re, im and factors.
-_JOIN = [
+_JOIN: list[Stage] = [
     {"operation": "pass", "type": "int32", "a_from": "counter", "a": 0, "to": 8},
     _float("select", 0, 1, 0, c=8),
 ]
-_MULTIPLY = [
+_MULTIPLY: list[Stage] = [
     _JOIN[0],
     _float("select", 9, 3, 2, c=8),
     _float("select", 10, 2, 3, c=8),
@@ -265,7 +262,9 @@ class _Building:
     def kernel(self, seeds: int = 1) -> Kernel:
         return Kernel(self.section, self.arguments, self.resident, seeds)
 
-    def constant(self, name: str, words: Words, loops: Sequence[tuple[int, int]], tag: str, taker: str) -> None:
+    def constant(
+        self, name: str, words: Words, loops: Sequence[tuple[int, int]], tag: str, taker: str
+    ) -> None:
         """A PMU that gives what it holds, for each token of the taker one packet.
 
         What is on the way fits into the taker's queue, and keeps nobody else from using the same links.
@@ -334,7 +333,9 @@ class _Building:
         )
         self.section.token(f"{name}.write", 0, f"{name}.read", 0)
 
-    def stage(self, name: str, lane: int, step: Step, factors: Words | None, source: str, tag: str) -> str:
+    def stage(
+        self, name: str, lane: int, step: Step, factors: Sequence[Words] | None, source: str, tag: str
+    ) -> str:
         """The PCUs of one stage in one lane; returns the one that gives the results."""
         s, sh = self.section, self.shape
         tiles, turns = sh.passes(step)
@@ -418,7 +419,12 @@ class _Building:
             at, held = layout, f"{name}.x@{u}"
             count = share * 2 * sh.points
             self.signal(
-                held, steps[0], tag="load", low=u % share * sh.words, write_count0=count, write_stride0=sh.radix
+                held,
+                steps[0],
+                tag="load",
+                low=u % share * sh.words,
+                write_count0=count,
+                write_stride0=sh.radix,
             )
             if u % share == 0:
                 load = f"{name}.load@{u}"
@@ -453,8 +459,8 @@ class _Building:
             for k in range(len(steps)):
                 for i, part in enumerate(("re", "im")):
                     unit = f"{name}.{k}.f_{part}"
-                    at_bytes = matrices + i * 2 * sh.radix * packet
-                    self.load(f"{unit}.load", at_bytes, [(2 * sh.radix, packet)])
+                    address = matrices + i * 2 * sh.radix * packet
+                    self.load(f"{unit}.load", address, [(2 * sh.radix, packet)])
                     s.stream(f"{unit}.load", *(f"{unit}@{u}" for u in range(sh.radix)), rate=SINKING / 4)
         if waits:
             self.barrier(f"{name}.barrier", waits, loads)

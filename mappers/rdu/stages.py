@@ -11,7 +11,7 @@ one of the block before, the next block is read only when all of this one is wri
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from math import prod
@@ -75,13 +75,14 @@ class Flow:
     """A matrix on its way, of `columns` columns a block.
 
     `sources[g]` are the units that give the blocks of group g, each `each` packets a block; some columns may come
-    twice, or what comes last be beyond the columns. `readers[g]` begin each block, so that they can hold it back.
+    twice, or what comes last be beyond the columns. On the scalar network each packet is a word for all lanes. `readers[g]` begin each block, so that they can hold it back.
     """
 
     columns: int
     sources: tuple[tuple[str, ...], ...]
     each: int
     readers: tuple[tuple[str, ...], ...] = ()
+    network: str = "vector"
 
     @property
     def merged(self) -> bool:
@@ -119,7 +120,17 @@ class Pipeline:
         self.buffers = 2 if blocks > 1 else 1
         self.units: dict[str, _Unit] = {}
         self.sinks: dict[str, list[tuple[str, int]]] = {}
+        self.networks: dict[str, str] = {}
         self.tokens: list[tuple[str, str, int]] = []
+        self.starts: dict[str, list[tuple[str, int]]] = {}
+        """What must be so before a side begins a block: tokens from other sides, and how many there are at first."""
+        self.loads: list[str] = []
+        """A memory unit of each gate that fills some once."""
+        self.filled: list[str] = []
+        """Memory units that are filled once. None is read before the last is filled: what rests on its way to a
+        compute unit that waits for rows must not hold up weights that are still to come."""
+        self.resting: set[str] = set()
+        """Units whose packets wait on their way until others come."""
         self.arguments: list[Region] = []
         self.sent: dict[str, int] = {}
         """Packets of a unit, where they are not what its loops say."""
@@ -144,8 +155,9 @@ class Pipeline:
         self.units[name] = _Unit(kind, tag, fields)
         return name
 
-    def feed(self, source: str, sink: str, index: int = 0) -> None:
-        """Lead the packets of a unit to an input of another."""
+    def feed(self, source: str, sink: str, index: int = 0, network: str = "vector") -> None:
+        """Lead the packets of a unit, which has one output, to an input of another."""
+        self.networks[source] = network
         self.sinks.setdefault(source, []).append((sink, index))
 
     def wire(self, source: str, sink: str, hold: int = 0) -> None:
@@ -164,6 +176,47 @@ class Pipeline:
         unit, side = _side(source)
         self.units[unit].fields[f"{side}_signal" if side else "signal"] = 1
         self.tokens.append((source, sink, index))
+
+    def need(self, sink: str, source: str, hold: int = 0) -> None:
+        """A side begins each block with a token of another side; `close` wires it."""
+        self.starts.setdefault(sink, []).append((source, hold))
+
+    def rests(self, unit: str) -> None:
+        """A memory unit is filled once, and read as rows come."""
+        self.resting.add(unit)
+        self.filled.append(unit)
+
+    def close(self) -> None:
+        """Wire what sides need to begin a block; where that is more than control inputs, through compute units that
+        only join tokens."""
+        for sink, needs in self.starts.items():
+            unit = _side(sink)[0]
+            for source, hold in self._joined(f"{unit}.join", self.units[unit].tag, needs, TOKENS, self.blocks):
+                self.wire(source, sink, hold)
+        if len(self.loads) > 1:
+            every = [(f"{unit}.write", 0) for unit in self.loads]
+            for source, hold in self._joined("loaded", "load", every, 1, 1):
+                for unit in self.filled:
+                    self.wire(source, f"{unit}.read", hold)
+        self.starts.clear()
+        self.loads.clear()
+
+    def _joined(self, name: str, tag: str, needs: list[tuple[str, int]], most: int, times: int) -> list[tuple[str, int]]:
+        """Tokens, (source, held at first), as at most `most`, by compute units that each take some and give one."""
+        level = 0
+        while len(needs) > most:
+            joined = []
+            for i in range(0, len(needs), TOKENS):
+                some = needs[i : i + TOKENS]
+                if len(some) > 1:
+                    unit = self.unit(f"{name}{level}.{i // TOKENS}", "pcu", tag, mode="simd", vectors=0, count0=times)
+                    self.work[unit] = times
+                    for source, hold in some:
+                        self.wire(source, unit, hold)
+                    some = [(unit, 0)]
+                joined += some
+            needs, level = joined, level + 1
+        return needs
 
     def argument(self, tensor: str, offset: int = 0) -> int:
         """The register that points to a place in a tensor."""
@@ -191,30 +244,36 @@ class Pipeline:
 
     # ---- stages -------------------------------------------------------------------------------------
 
-    def load(self, name: str, tag: str, tensor: str, columns: int, *, tier: str = "hbm", offset: int = 0, row: int | None = None) -> Flow:
-        """A matrix from off-chip memory, bfloat16, blocks of columns of lanes; `row` bytes from block to block."""
+    def load(self, name: str, tag: str, tensor: str, columns: int, *, tier: str = "hbm", offset: int = 0, row: int | None = None, words: bool = False) -> Flow:
+        """A matrix from off-chip memory, bfloat16 or `words`, blocks of columns of lanes; `row` bytes from block to block."""
         lanes = self.p.lanes
-        column = lanes * BF16_BYTES
+        column = lanes * (4 if words else BF16_BYTES)
         pitch = columns * column if row is None else row
         names = []
         for g in range(self.groups):
             loops = [(columns, column), (self.blocks, self.groups * pitch)]
-            names.append(self.gate(f"{name}.{g}", tag, "load", tier, tensor, offset + g * pitch, loops))
-        return Flow(columns, tuple((n,) for n in names), columns)
+            names.append(
+                self.gate(
+                    f"{name}.{g}", tag, "load", tier, tensor, offset + g * pitch, loops, form="word" if words else "bf16"
+                )
+            )
+        return Flow(columns, tuple((n,) for n in names), columns, tuple((n,) for n in names))
 
     def gate(
         self, name: str, tag: str, direction: str, tier: str, tensor: str, offset: int,
-        loops: Sequence[tuple[int, int]], words: int | None = None, level: int | None = None,
+        loops: Sequence[tuple[int, int]], words: int | None = None, form: str = "bf16",
     ) -> str:  # fmt: skip
+        """A gate to memory whose loops have strides in bytes."""
         fields = self.chain(name, "", loops, 0)
-        level = len(loops) - 1 if level is None else level
+        level = len(loops) - 1
+        element = 4 if form == "word" else BF16_BYTES
         self.unit(
             name, "agcu", tag, direction=direction, tier=tier, argument=self.argument(tensor, offset),
-            words=words or self.p.lanes, format="bf16", wait_level=level, signal_level=level, **fields,
+            words=words or self.p.lanes, format=form, wait_level=level, signal_level=level, **fields,
         )  # fmt: skip
         self.work[name] = prod(count for count, _ in loops)
-        self.traffic[name] = self.work[name] * (words or self.p.lanes) * BF16_BYTES
-        span = offset + sum((c - 1) * step for c, step in loops) + (words or self.p.lanes) * BF16_BYTES
+        self.traffic[name] = self.work[name] * (words or self.p.lanes) * element
+        span = offset + sum((c - 1) * step for c, step in loops) + (words or self.p.lanes) * element
         self.extents[tensor] = max(self.extents.get(tensor, 0), span)
         self.tiers[tensor] = tier
         return name
@@ -233,26 +292,26 @@ class Pipeline:
 
     def read(
         self, name: str, tag: str, flow: Flow, loops: Sequence[tuple[int, int]] | None = None, *, first: int = 0,
-        part: tuple[int, int] = (0, 1), spread: bool = False, after: Sequence[str] = (), sequence: int = 0,
+        part: tuple[int, int] = (0, 1), words: bool = False, after: Sequence[str] = (), sequence: int = 0,
     ) -> Flow:  # fmt: skip
         """A double buffer of a matrix, and how it is read: columns `first` + sum of counter * step of (count, step).
 
-        `part` (i, n) keeps only the i-th of n equal ranges of the columns, and `loops` count within it. `spread`
-        gives one word to all lanes, `loops` counting words. `after[g]` are units whose token each block needs.
+        `part` (i, n) keeps only the i-th of n equal ranges of the columns, and `loops` count within it. With `words`
+        loops count words, of which each is lane 0 of a packet. `after[g]` are units whose token each block needs.
         """
         lanes = self.p.lanes
         given = len(flow.sources[0]) * flow.each
         if flow.merged and part != (0, 1):
             raise ValueError("what several units give has no parts")
         width = max(flow.columns, flow.each) if flow.merged else ceil_div(given, part[1])
-        words = width * lanes
-        slot = 1 << (words - 1).bit_length()
+        size = width * lanes
+        slot = 1 << (size - 1).bit_length()
         bits: dict[str, int] = {}
         count = self.p.banks.bit_length() - 1
         if self.buffers > 1 and self.buffers * slot <= self.capacity and lanes <= self.p.banks // 2 and slot >= self.p.banks // 2:
             bits = {f"bank_bit{count - 1}": slot.bit_length() - 1}  # buffers in banks of their own
         else:
-            slot = words
+            slot = size
         span = self.buffers * slot
         if span > self.capacity:
             raise UserError(
@@ -271,7 +330,7 @@ class Pipeline:
             write = [(given, lanes), *self._rounds(slot)]
         if loops is None:
             loops = [(flow.columns // part[1], 1)]
-        scale = 1 if spread else lanes
+        scale = 1 if words else lanes
         inner = [(c, step * scale) for c, step in loops]
         names = []
         for g in range(self.groups):
@@ -281,23 +340,24 @@ class Pipeline:
                 write_wait_level=len(write) - len(self._rounds()),
                 write_signal_level=len(write) - len(self._rounds()),
                 **self.chain(name, "read_", [*inner, *self._rounds(slot)]),
-                read_base=part[0] * span + first * scale, read_lane_stride=0 if spread else 1,
+                read_base=part[0] * span + first * scale,
                 read_wait_level=len(inner), read_signal_level=len(inner), sequence=sequence,
             )  # fmt: skip
             names.append(unit)
             self.work[unit] = self.blocks * max(given, prod(c for c, _ in inner))
             self.sent[unit] = self.blocks * prod(c for c, _ in inner)
-            self.wire(f"{unit}.read", f"{unit}.write", self.buffers)
-            self.wire(f"{unit}.write", f"{unit}.read")
+            self.need(f"{unit}.read", f"{unit}.write")
             if after:
-                self.wire(after[g], f"{unit}.read")
-            if flow.merged and self.blocks > 1:
+                self.need(f"{unit}.read", after[g])
+            if self.blocks > 1:  # what comes in finds room: nothing waits on its way, and holds up others
                 for reader in flow.readers[g]:
-                    self.wire(f"{unit}.write", f"{reader}.read", 1)
+                    self.need(reader, f"{unit}.read", self.buffers)
+                    if flow.merged:
+                        self.need(reader, f"{unit}.write", 1)
             for source in flow.sources[g]:
                 self.feed(source, unit)
         packets = prod(c for c, _ in inner)
-        return Flow(packets, tuple((n,) for n in names), packets, tuple((n,) for n in names))
+        return Flow(packets, tuple((n,) for n in names), packets, tuple((f"{n}.read",) for n in names))
 
     def simd(
         self, name: str, tag: str, inputs: Sequence[tuple[Flow, int]], stages: Sequence[dict[str, Any]], packets: int,
@@ -311,30 +371,79 @@ class Pipeline:
         """
         if len(stages) > self.p.stages:
             raise UserError(f"unit {name} needs {len(stages)} stages; a PCU has {self.p.stages}")
-        if len(inputs) > min(INPUTS, self.p.vector_inputs):
-            raise UserError(f"unit {name} needs {len(inputs)} vector inputs; a PCU has {self.p.vector_inputs}")
+        vectors = [i for i, (flow, _) in enumerate(inputs) if flow.network == "vector"]
+        scalars = [i for i, (flow, _) in enumerate(inputs) if flow.network == "scalar"]
+        for kind, used, there in (
+            ("vector", vectors, self.p.vector_inputs),
+            ("scalar", scalars, self.p.scalar_inputs),
+        ):
+            if len(used) > there:
+                raise UserError(f"unit {name} needs {len(used)} {kind} inputs; a PCU has {there}")
+        # Stages name inputs in order, and have the registers from INPUTS on to themselves.
+        port = {i: k for used in (vectors, scalars) for k, i in enumerate(used)}
+        where = {i: k for k, i in enumerate(vectors)} | {i: INPUTS + k for k, i in enumerate(scalars)}
+        shift = len(scalars)
+
+        def register(r: int) -> int:
+            return where.get(r, r) if r < INPUTS else r + shift
+
+        def moved(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+            return {k: register(v) if k in names else v for k, v in fields.items()}
+
+        def operand(s: Mapping[str, Any]) -> dict[str, Any]:
+            names = ["to", "c", *(k for k in "ab" if s.get(f"{k}_from", "register") == "register")]
+            return moved(s, names)
+
+        fields = moved(fields, ("gate",))
         inner = list(loops or [packets])
         level = len(inner)
         fold = fields.get("fold", "none") != "none"
         names = []
         for g in range(self.groups):
             unit = self.unit(
-                f"{name}.{g}", "pcu", tag, mode="simd", result=result, send_vector=1, vectors=(1 << len(inputs)) - 1,
-                **{f"vector{i}_level": at for i, (_, at) in enumerate(inputs)},
+                f"{name}.{g}", "pcu", tag, mode="simd", result=register(result),
+                vectors=(1 << len(vectors)) - 1, scalars=(1 << len(scalars)) - 1,
+                **{f"{flow.network}{port[i]}_level": at for i, (flow, at) in enumerate(inputs)},
                 **{f"count{i}": c for i, c in enumerate([*inner, self.blocks])},
                 fold_level=level if fold_level is None else fold_level, signal_level=level, **fields,
             )  # fmt: skip
             names.append(unit)
-            self.units[unit].stages = [_grouped(s, g) for s in stages]
+            self.units[unit].stages = [operand(_grouped(s, g)) for s in stages]
             self.work[unit] = prod(inner) * self.blocks
-            for i, (flow, _) in enumerate(inputs):
+            for i, (flow, at) in enumerate(inputs):
                 if flow.merged:
                     raise ValueError(f"unit {name}: what several units give must be buffered")
-                self.feed(flow.sources[g][0], unit, i)
+                self.feed(flow.sources[g][0], unit, port[i], flow.network)
+                if at:  # a packet of a block must not be behind those that wait for it
+                    self.resting.add(flow.sources[g][0])
+            # Buffers that are read together begin together.
+            together = [
+                flow.sources[g][0]
+                for flow, at in inputs
+                if not at and f"{flow.sources[g][0]}.read" in (flow.readers[g] if flow.readers else ())
+            ]
+            for reader in together:
+                for other in together:
+                    if other != reader and (f"{other}.write", 0) not in self.starts.get(f"{reader}.read", []):
+                        self.need(f"{reader}.read", f"{other}.write")
         out = prod(inner[level if fold_level is None else fold_level :] if fold else inner)
         if columns is not None:
             out = columns
-        return Flow(out, tuple((n,) for n in names), out, inputs[0][0].readers)
+        # Inputs that are popped at each iteration may hold up one another; the readers of all of them wait together.
+        readers = tuple(
+            tuple(dict.fromkeys(r for f, at in inputs if at == 0 and f.readers for r in f.readers[g]))
+            for g in range(self.groups)
+        )
+        return Flow(out, tuple((n,) for n in names), out, readers)
+
+    def spread(self, name: str, tag: str, words: Flow) -> Flow:
+        """Lane 0 of each packet for all lanes: a unit a group puts it on the scalar network.
+
+        To read one word of a memory unit for every lane would take as many ticks as there are lanes.
+        """
+        n = words.columns
+        out = self.simd(f"{name}.spread", tag, [(words, 0)], [], n)
+        return replace(out, network="scalar")
 
     def product(self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[str], columns: int, *, rounded: bool = True) -> Flow:
         """A matrix product on systolic arrays: each unit multiplies the block with `strips` strips of columns.
@@ -348,7 +457,7 @@ class Pipeline:
             row = []
             for j, weight in enumerate(weights):
                 unit = self.unit(
-                    f"{name}.{g}.{j}", "pcu", tag, mode="systolic", vectors=3, send_vector=1, round=int(rounded),
+                    f"{name}.{g}.{j}", "pcu", tag, mode="systolic", vectors=3, round=int(rounded),
                     count0=depth, count1=strips, count2=self.blocks, fold_level=1,
                     sequence=first_column(j, len(weights), strips * c, columns),
                 )  # fmt: skip
@@ -374,7 +483,7 @@ class Pipeline:
             gates = self.store(f"{name}.{what}.send", tag, sent, f"{name}.{what}", tier="remote")
             received = self.load(f"{name}.{what}.receive", tag, f"{name}.{what}", sent.columns, tier="remote")
             for g, gate in enumerate(gates):
-                self.wire(gate, received.sources[g][0])
+                self.need(received.sources[g][0], gate)
             return received
 
         parts = exchanged("parts", self.read(f"{name}.out", tag, flow, [(width * others, 1)], first=width))
@@ -390,8 +499,11 @@ class Pipeline:
             self.read(f"{name}.slice{i + 1}", tag, sums, [(width, 1)], part=(i, others), sequence=(i + 1) * width)
             for i in range(others)
         ]
-        sources = tuple(tuple(s.sources[g][0] for s in slices) for g in range(self.groups))
-        return Flow(columns, sources, width, sources)
+        sources, readers = (
+            tuple(tuple(s[g][0] for s in some) for g in range(self.groups))
+            for some in ([s.sources for s in slices], [s.readers for s in slices])
+        )
+        return Flow(columns, sources, width, readers)
 
     # ---- what stays for the whole kernel ------------------------------------------------------------
 
@@ -408,6 +520,7 @@ class Pipeline:
             gate = self.gate(
                 f"{name}.load{i}", tag, "load", "hbm", tensor, offset, [(packets, lanes * BF16_BYTES)]
             )
+            self.loads.append(share[0][0])
             starts = accumulate((ceil_div(words, lanes) * lanes for _, words, _ in share), initial=0)
             for (unit, words, fields), low in zip(share, starts, strict=False):
                 held = ceil_div(words, lanes) * lanes
@@ -419,6 +532,7 @@ class Pipeline:
                     **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
                 )  # fmt: skip
                 self.wire(f"{unit}.write", f"{unit}.read")
+                self.rests(unit)
                 self.feed(gate, unit)
                 self.work[unit] = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
             offset += packets * lanes * BF16_BYTES
@@ -441,9 +555,9 @@ class Pipeline:
         return names
 
     def broadcast(self, name: str, tag: str, tensor: str, length: int, *, offset: int = 0) -> Flow:
-        """A vector of a word for each column (a gain, say), given to all lanes, once a block; a unit for each group."""
+        """A vector of a word for each column (a gain, say), given to all lanes, once a block; units for each group."""
         names = [f"{name}.{g}" for g in range(self.groups)]
-        fields = self.chain(name, "read_", [(length, 1), (self.blocks, 0)]) | {"read_lane_stride": 0}
+        fields = self.chain(name, "read_", [(length, 1), (self.blocks, 0)])
         lanes = self.p.lanes
         gate = self.gate(
             f"{name}.load", tag, "load", "hbm", tensor, offset, [(ceil_div(length, lanes), lanes * BF16_BYTES)]
@@ -458,7 +572,12 @@ class Pipeline:
             self.wire(f"{unit}.write", f"{unit}.read")
             self.feed(gate, unit)
             self.work[unit] = length * self.blocks
-        return Flow(length, tuple((n,) for n in names), length)
+        out = self.spread(name, tag, Flow(length, tuple((n,) for n in names), length))
+        self.loads.append(names[0])
+        for unit in names:
+            self.rests(unit)
+        self.resting.update(unit for row in out.sources for unit in row)
+        return replace(out, readers=())
 
     def streamed(self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[str, int, str]]]) -> None:
         """Memory units that are read in the order in which they are filled, from a tensor that holds their contents.
@@ -488,6 +607,7 @@ class Pipeline:
                     **self.chain(unit, "read_", loops), read_wait_level=1,
                 )  # fmt: skip
                 self.wire(f"{unit}.write", f"{unit}.read")
+                self.resting.add(unit)
                 self.feed(gate, unit)
                 self.work[unit] = total
                 self.sent[unit] = packets
@@ -499,21 +619,22 @@ class Pipeline:
     ) -> Flow:
         """A vector times a matrix on SIMD pipelines: lane n adds up x[k] * w[k, n], a packet for each strip of lanes.
 
-        `x` gives a word of the vector to all lanes, depth x strips times; `weights[g]` are units whose streams hold
-        the strips, row after row, one for each unit of the product.
+        `x` gives a word of the vector a packet, depth x strips times; `weights[g]` are units whose streams hold the
+        strips, row after row, one for each unit of the product.
         """
+        x = self.spread(f"{name}.x", tag, x)
         sources = []
         for g in range(self.groups):
             row = []
             for j, weight in enumerate(weights[g]):
                 unit = self.unit(
-                    f"{name}.{g}.{j}", "pcu", tag, mode="simd", vectors=3, send_vector=1, round=int(rounded),
-                    count0=depth, count1=strips, count2=self.blocks, fold="add", fold_level=1, result=4,
+                    f"{name}.{g}.{j}", "pcu", tag, mode="simd", vectors=1, scalars=1, round=int(rounded),
+                    count0=depth, count1=strips, count2=self.blocks, fold="add", fold_level=1, result=5,
                     sequence=j * strips if len(weights[g]) > 1 else 0,
                 )  # fmt: skip
-                self.units[unit].stages = [stage("multiply", 0, 1, 4)]
-                self.feed(x.sources[g][0], unit, 0)
-                self.feed(weight, unit, 1)
+                self.units[unit].stages = [stage("multiply", INPUTS, 0, 5)]
+                self.feed(x.sources[g][0], unit, 0, "scalar")
+                self.feed(weight, unit, 0)
                 self.work[unit] = depth * strips * self.blocks
                 row.append(unit)
             sources.append(tuple(row))
@@ -526,25 +647,21 @@ class Pipeline:
         most = max(self.work.values(), default=0)
         return most, [name for name, n in self.work.items() if n == most]
 
-    def _joins(self, name: str) -> bool:
-        u = self.units[name]
-        return u.kind == "pcu" and u.fields["vectors"] > 1
-
-    def into(self, section: Any, *, alone: bool = True) -> None:
+    def into(self, section: Any) -> None:
         """Give everything to a section builder (`mappers.rdu.section.Section`).
 
-        A unit of several inputs takes from all at once: a packet that comes early waits, and so does what is behind
-        it on the way. With `alone` such streams claim whole links, so that none waits for what it holds up itself.
+        Streams that rest (weights, say, which wait for the rows) claim whole links, so that none is behind them.
         """
+        self.close()
         most, _ = self.interval()
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=u.tag, **fields)
         for source, sinks in self.sinks.items():
             rate = min(Fraction(1), Fraction(max(1, self.packets(source)), max(1, most)))
-            if alone and any(self._joins(sink) for sink, _ in sinks):
+            if source in self.resting:
                 rate = Fraction(1)
-            section.stream(source, *sinks, network="vector", rate=rate)
+            section.stream(source, *sinks, network=self.networks[source], rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)
 

@@ -45,14 +45,18 @@ SMALL = {
         {"n": 64, "rows": 32, "words": 1},
         {"n": 64, "rows": 16, "columns": 16, "outer_rows": 2, "outer_columns": 2},
     ],
-    apps.mem_reduce: [{"size": 64, "n": 7}, {"size": 32, "n": 8, "outer": 2}, {"size": 32, "n": 7, "outer": 3}],
+    apps.mem_reduce: [
+        {"size": 64, "n": 7},
+        {"size": 32, "n": 8, "outer": 2},
+        {"size": 32, "n": 7, "outer": 3},
+    ],
     apps.sram_split: [{"n": 1280}, {"n": 1280, "write": 16, "outer": 3}, {"n": 640, "write": 16, "read": 16}],
     apps.gemm: [
         {"dim": 32, "tile": 16},
         {"dim": 32, "tile": 16, "inner": 8, "j": 2},
         {"dim": 32, "tile": 16, "i": 3},
         {"dim": 32, "tile": 16, "ii": 2, "kk": 3},
-        {"dim": 48, "tile": 16, "jj": 3, "inner": 4, "j": 2},
+        {"dim": 24, "tile": 8, "jj": 3, "inner": 4, "j": 2},
     ],
 }
 

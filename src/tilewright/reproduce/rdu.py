@@ -218,7 +218,9 @@ def _compositions(at: Mapping[tuple[str, str, str], Outcome]) -> dict[str, dict[
     switch = (switch_seconds(weights, node_copy()), switch_seconds(weights, _host_link(GPU)))
 
     def ratio(tokens: int, prompts: int, copies: float) -> float:
-        gpu, rdu = (t + copies * c + prompts * tokens * t for t, c in zip(steps[::-1], switch[::-1], strict=True))
+        gpu, rdu = (
+            t + copies * c + prompts * tokens * t for t, c in zip(steps[::-1], switch[::-1], strict=True)
+        )
         return gpu / rdu
 
     return {

@@ -405,16 +405,20 @@ class _Draft:
             **self.common(),
         }
         self.section.pmu(name, **given)
+        if not self.packets_of(name):
+            self.section.fields(name).update(low=0, words=self.words)
         self.read_by(name)
 
-    def read_by(self, name: str) -> _Stream:
-        """The stream of a scratchpad; it may be empty."""
+    def packets_of(self, name: str) -> int:
+        """How many a scratchpad gives."""
         fields = self.section.fields(name)
         where = kernels.addresses(fields, "read", self.p.lanes)
-        packets = int(kernels.place(fields, where, self.p.banks)[0].any(axis=1).sum())
-        stream = _Stream(name, packets)
-        if packets:
-            self.streams.append(stream)
+        return int(kernels.place(fields, where, self.p.banks)[0].any(axis=1).sum())
+
+    def read_by(self, name: str) -> _Stream:
+        """The stream of a scratchpad."""
+        stream = _Stream(name, self.packets_of(name))
+        self.streams.append(stream)
         return stream
 
     def sink(self, stream: _Stream) -> None:
