@@ -2,7 +2,7 @@
 
 The rules are those of `rtl.rdu`, which implements them anew: of operations those of its sequencer, of a kernel those
 of its units, switches, links and channels, tick for tick. `sim.rdu_build` lays out what a kernel runs on and
-`sim.rdu_engine` steps it.
+`sim.rdu_engine` steps it, `sim.rdu_periods` leaps over what recurs.
 
 No timing depends on data, nor on addresses but for their place within a line: a kernel is a pure function of its
 configuration. With `fold` equal kernels are run once, links without a choice are joined, and where all state of a
@@ -22,8 +22,11 @@ from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.arch.trace import LOG
-from tilewright.sim import rdu_engine as engine
-from tilewright.sim.rdu_build import Kernel, Tables, build, switch_tables
+from tilewright.sim import rdu_state as state
+from tilewright.sim.rdu_build import Kernel, build
+from tilewright.sim.rdu_engine import close
+from tilewright.sim.rdu_periods import run_kernel
+from tilewright.sim.rdu_ways import Tables, switch_tables
 
 _OPS = tuple(op.name for op in arch.OPS)
 _BUSY = 0
@@ -66,28 +69,28 @@ def execute(
 
 def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
     m = kernel.machine
-    engine.run(m, kernel.bits, fold)
+    run_kernel(m, kernel.bits, fold)
     _check(kernel, p)
-    engine.close(m)
+    close(m)
     counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)
     for chain, link, network, hops in kernel.routes:
-        counters[chain, _COUNTER[f"{arch.NETWORKS[network]}_hops"]] += m.link[link, engine.PUSHES] * hops
+        counters[chain, _COUNTER[f"{arch.NETWORKS[network]}_hops"]] += m.link[link, state.PUSHES] * hops
     for row in m.pcu:
-        counters[row[engine.UNIT], _COUNTER["iterations"]] = m.chain[row[engine.UNIT], engine.STEPS]
+        counters[row[state.UNIT], _COUNTER["iterations"]] = m.chain[row[state.UNIT], state.STEPS]
     for row in m.pmu:
-        write, read = row[engine.SIDE], row[engine.SIDE + 1]
-        counters[write, _COUNTER["words_written"]] = row[engine.MOVED]
-        counters[read, _COUNTER["words_read"]] = row[engine.MOVED + 1]
-        counters[write, _COUNTER["bank_conflicts"]] = row[engine.CONFLICTS]
-        counters[write, _COUNTER["dropped"]] = row[engine.DROPPED]
+        write, read = row[state.SIDE], row[state.SIDE + 1]
+        counters[write, _COUNTER["words_written"]] = row[state.MOVED]
+        counters[read, _COUNTER["words_read"]] = row[state.MOVED + 1]
+        counters[write, _COUNTER["bank_conflicts"]] = row[state.CONFLICTS]
+        counters[write, _COUNTER["dropped"]] = row[state.DROPPED]
     for row, tier in zip(m.agcu, kernel.tiers, strict=True):
-        counters[row[engine.AGCU], _COUNTER[f"{arch.TIERS[tier]}_lines"]] = row[engine.LINES]
+        counters[row[state.AGCU], _COUNTER[f"{arch.TIERS[tier]}_lines"]] = row[state.LINES]
     return Execution(
-        ticks=int(m.clock[engine.QUIET] + m.clock[engine.SKIPPED]),
+        ticks=int(m.clock[state.QUIET] + m.clock[state.SKIPPED]),
         units=kernel.units,
         tags=kernel.tags,
         activity=m.activity,
-        busy=m.chain[:, [engine.FIRST, engine.END]],
+        busy=m.chain[:, [state.FIRST, state.END]],
         counters=counters,
     )
 
@@ -95,14 +98,14 @@ def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
 def _check(kernel: Kernel, p: arch.RduParams) -> None:
     """Raise UserError where the kernel went wrong, or has not come to an end."""
     m = kernel.machine
-    at = int(m.clock[engine.FAULTY])
-    if m.clock[engine.FAULT] == engine.LINE_FAULT:
+    at = int(m.clock[state.FAULTY])
+    if m.clock[state.FAULT] == state.LINE_FAULT:
         raise UserError(
             f"{kernel.units[at]}: an iteration's elements must lie in one line of {p.lanes * arch.WORD_BITS // 8} "
             f"bytes, on multiples of their size"
         )
-    many = [i for i, row in enumerate(m.queue) if row[engine.GIVEN] - row[engine.TAKEN] > arch.TOKENS_HELD]
-    if m.clock[engine.FAULT] == engine.TOKENS_FAULT or many:
+    many = [i for i, row in enumerate(m.queue) if row[state.GIVEN] - row[state.TAKEN] > arch.TOKENS_HELD]
+    if m.clock[state.FAULT] == state.TOKENS_FAULT or many:
         unit, source = kernel.waits[many[0] if many else at]
         raise UserError(
             f"{unit}: more than {arch.TOKENS_HELD} control tokens from {source} are held at one input"
@@ -110,24 +113,24 @@ def _check(kernel: Kernel, p: arch.RduParams) -> None:
     waiting = _waiting(kernel)
     if waiting:
         more = f", and {len(waiting) - 8} more" if len(waiting) > 8 else ""
-        last = int(m.clock[engine.ACTED] + m.clock[engine.SKIPPED])
+        last = int(m.clock[state.ACTED] + m.clock[state.SKIPPED])
         raise UserError(f"deadlock after tick {last}: {'; '.join(waiting[:8])}{more}")
 
 
 def _waiting(kernel: Kernel) -> list[str]:
     """What each unit waits for that is not done; where all are, the packets that are left."""
     m = kernel.machine
-    givers, takers = kernel.parties()
+    givers, takers = kernel.ways.parties(kernel.net)
     ends: list[tuple[int, list[int], list[int]]] = []  # chain, links in, links out
     for row in m.pcu:
-        used = row[engine.INPUT : engine.INPUT + row[engine.INPUTS_USED]]
-        ends.append((row[engine.UNIT], list(used), [row[engine.VECTOR], row[engine.SCALAR]]))
+        used = row[state.INPUT : state.INPUT + row[state.INPUTS_USED]]
+        ends.append((row[state.UNIT], list(used), [row[state.VECTOR], row[state.SCALAR]]))
     for row in m.pmu:
-        ends.append((row[engine.SIDE], [row[engine.FED]], []))
-        ends.append((row[engine.SIDE + 1], [], [row[engine.GIVES]]))
+        ends.append((row[state.SIDE], [row[state.FED]], []))
+        ends.append((row[state.SIDE + 1], [], [row[state.GIVES]]))
     for row in m.agcu:
-        port, store = [row[engine.PORT]], row[engine.STORE]
-        ends.append((row[engine.AGCU], port if store else [], [] if store else port))
+        port, store = [row[state.PORT]], row[state.STORE]
+        ends.append((row[state.AGCU], port if store else [], [] if store else port))
 
     def names(groups: list[list[str]]) -> str:
         return ", ".join(sorted({name for group in groups for name in group})) or "nobody"
@@ -135,20 +138,20 @@ def _waiting(kernel: Kernel) -> list[str]:
     out = []
     for chain, inputs, outputs in ends:
         row = m.chain[chain]
-        cause = arch.CAUSES[row[engine.CAUSE] - 1]
+        cause = arch.CAUSES[row[state.CAUSE] - 1]
         if cause == "token":
-            queues = [row[engine.QUEUE + n] for n in range(arch.TOKENS) if row[engine.WAIT] >> n & 1]
-            empty = [k for k in queues if m.queue[k, engine.GIVEN] == m.queue[k, engine.TAKEN]]
+            queues = [row[state.QUEUE + n] for n in range(arch.TOKENS) if row[state.WAIT] >> n & 1]
+            empty = [k for k in queues if m.queue[k, state.GIVEN] == m.queue[k, state.TAKEN]]
             what = f"a token of {', '.join(sorted({kernel.waits[k][1] or 'nobody' for k in empty}))}"
         elif cause == "operand":
-            what = f"packets of {names([givers[k] for k in inputs if not m.link[k, engine.LEVEL]])}"
+            what = f"packets of {names([givers[k] for k in inputs if not m.link[k, state.LEVEL]])}"
         elif cause in ("output", "drain"):
             what = f"room on the way to {names([takers[k] for k in outputs if k >= 0])}"
         else:
             continue
         out.append(f"{kernel.units[chain]} waits for {what}")
     if not out:
-        for k in np.flatnonzero(m.link[:, engine.LEVEL]):
+        for k in np.flatnonzero(m.link[:, state.LEVEL]):
             out.append(f"packets of {names([givers[k]])} are left for {names([takers[k]])}")
     return list(dict.fromkeys(out))
 
@@ -289,9 +292,8 @@ def simulate(
                 if len(logs) < trace:
                     logs.append((number, index, tag, int(row["op"]), issued, end))
         if rows:
-            spans.append(
-                fold_spans(*(np.array(column, np.int64) for column in zip(*rows, strict=True)), number)
-            )
+            tag_log, firsts, ends = np.array(rows, np.int64).T
+            spans.append(fold_spans(tag_log, firsts, ends, number))
         if progress:
             progress(number + 1, steps)
     run.charge(-1, _MEMORY, _IDLE, max(run.dma_idle - run.now, 0))

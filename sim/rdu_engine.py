@@ -8,212 +8,158 @@ ticks between are charged when it wakes, to the cause it slept for.
 A pipeline is a queue of the ticks in which results come out; where it stands still, they slip.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
-from tilewright.arch import rdu as arch
 from tilewright.sim.cache import CALLED, INNER
-
-# Literals of this file: a cached kernel would keep the old value of a constant changed elsewhere.
-NEVER = 1 << 60
-_BUSY, _OUTPUT, _DRAIN, _BANK, _TOKEN, _OPERAND, _INTERVAL, _MEMORY = range(8)
-_PIPELINE, _IDLE = 10, 11
-assert ("busy", *arch.CAUSES) == (
-    *("busy", "output", "drain", "bank", "token", "operand", "interval"),
-    *("memory", "launch", "arrival", "pipeline", "idle"),
-)
-_LEVELS, _TOKENS, _HELD, _PLANES = 6, 4, 15, 7
-assert (arch.LEVELS, arch.TOKENS, arch.TOKENS_HELD, arch.BANK_BITS + 1) == (_LEVELS, _TOKENS, _HELD, _PLANES)
-WHEEL = 64  # ticks ahead for which nodes can be scheduled
-
-# Kinds of node.
-PCU, PMU, SWITCH, GROUP = range(4)
-
-# Columns of Machine.chain: a counter chain, one for each unit of the timeline.
-(
-    RUN,  # there is an iteration at hand
-    GAP,  # the first tick that the interval allows
-    ZEROS,  # it is the first of the levels up to this one
-    ENDS,  # and the last of those up to this one
-    LEAD,  # the innermost level that counts further than to one
-    WAIT,
-    WAIT_LEVEL,
-    SIGNAL,
-    SIGNAL_LEVEL,
-    INTERVAL,
-    ORIGIN,  # address of the iteration at hand
-    MASK,  # of an address
-    STEPS,
-    SINCE,  # the tick up to which it is accounted for
-    CAUSE,  # and what it does since
-    FIRST,  # busy tick, -1: none
-    END,  # the last, plus 1
-) = range(17)
-COUNTER, COUNT, STRIDE, DELTA = (17 + _LEVELS * n for n in range(4))
-QUEUE = 17 + 4 * _LEVELS  # token queue of each input, -1: none
-CHAIN = QUEUE + _TOKENS
-
-# Machine.link
-(
-    BASE,  # of its slots
-    CAPACITY,
-    WRITE,  # slot of the next push
-    READ,  # and of the next pop
-    LEVEL,  # packets within
-    FORWARD,
-    BACKWARD,
-    SOURCE,  # node that pushes
-    SINK,  # node that pops
-    HUNGRY,  # which waits for a push
-    STARVED,  # and for a pop
-    SENT,  # outputs of a switch that the head has left by
-    TURN,  # input of a switch that comes first next
-    WANT,  # outputs of a switch that the head wants, within a tick
-    PUSHES,
-    LINK,
-) = range(16)
-
-# Machine.queue: control tokens on their way to an input, or held there. BASE, then
-SIZE, GIVEN, TAKEN, WAITER, EXPECTED, TOKEN_QUEUE = range(1, 7)
-
-# Machine.pcu; a ring is base, mask, head, tail
-(
-    UNIT,  # its chain
-    SYSTOLIC,
-    LATENCY,  # from what enters the pipeline to the output
-    FILL,  # from an iteration to the accumulators
-    COLUMNS,
-    FINAL,  # level of the iterations that give a result
-    VECTOR,  # link, or -1
-    SCALAR,
-    VECTOR_FLOW,
-    SCALAR_FLOW,
-    SEQUENCE,
-    STEP,
-    PARTS,  # outputs by which the result has left: 1 vector, 2 scalar
-    SLIP,  # ticks for which the pipeline has stood still
-    FROZEN,  # it does since this tick; -1: it moves
-    RING,
-) = range(16)
-ARRAY = RING + 4  # tiles that end in the array: ring
-ARRAY_SLIP, ARRAY_FROZEN, LEFT, INPUTS_USED = range(ARRAY + 4, ARRAY + 8)
-INPUT = INPUTS_USED + 1
-INPUT_LEVEL = INPUT + 8
-PCU_ROW = INPUT_LEVEL + 8
-
-# Machine.pmu; what the two sides have each stands side by side, write first
-(
-    SIDE,  # chains
-    _,
-    FED,  # link
-    GIVES,  # link, or -1
-    GIVES_FLOW,
-    PMU_SEQUENCE,
-    PMU_STEP,
-    OCCUPIED,
-    _,
-    OWED,  # tokens of the iteration at the banks
-    _,
-    INSIDE,  # lanes of it within range
-    _,
-    WRITE_FIRST,
-    PMU_SLIP,
-    PMU_FROZEN,
-    PMU_RING,
-) = range(17)
-LOW = PMU_RING + 4
-WORDS, SCALE = LOW + 1, LOW + 2
-LANE = LOW + 3  # lane strides
-TABLE = LOW + 5  # first rows of the tables of banks, -1: none
-TABLE_MASK, SKEW_BITS, SKEW_SHIFT = LOW + 7, LOW + 8, LOW + 9
-POSITION = LOW + 10
-CONFLICTS = POSITION + 6
-MOVED = CONFLICTS + 1  # words written, words read
-DROPPED = CONFLICTS + 3
-ALWAYS = CONFLICTS + 4  # no address is ever out of range
-PMU_ROW = ALWAYS + 2
-
-# Machine.agcu
-(
-    AGCU,  # its chain
-    STORE,
-    PORT,  # link
+from tilewright.sim.rdu_state import (
+    ACTED,
+    AGCU,
     AGCU_FLOW,
+    AGCU_RING,
     AGCU_SEQUENCE,
     AGCU_STEP,
-    AHEAD,  # ticks from a grant to the line buffer
-    UNDER_WAY,
-    VALID,  # a packet is at the output
-    AGCU_RING,
-) = range(10)
-(
-    SOME,
-    HELD_LINE,
-    DIRTY,
-    DEBT,  # tokens that go out with the grant
-    LINES,
-    READY,  # the chain is; within a tick, like those that follow
+    AGCUS,
+    AHEAD,
+    ALIGNED,
+    ARRAY,
+    ARRAY_FROZEN,
+    ARRAY_SLIP,
     ASKS,
-    AT_ONCE,  # the iteration needs no grant
-    GRANTED,
-    MOST,  # packets under way
-    LINE_SHIFT,
-    USED,  # bytes of an iteration
-    ALIGNED,  # to multiples of these it must be
-    AGCU_ROW,
-) = range(13, 27)
-
-# Machine.group: the AGCUs of one channel
-FIRST_AGCU, AGCUS, RATE_P, RATE_Q, GROUP_TURN, GROUP_ROW = range(6)
-
-# Machine.clock
-(
-    NOW,
-    SKIPPED,  # ticks of periods that were taken in one step, which NOW does not count
-    QUIET,  # the first tick that finds everything so far quiet
-    ACTED,  # the last tick in which a unit did anything
+    AT_ONCE,
+    BACKWARD,
+    BANK,
+    BASE,
+    BUSY,
+    CAPACITY,
+    CAUSE,
+    COLUMNS,
+    CONFLICTS,
+    COUNT,
+    COUNTER,
+    CREDIT,
+    DEBT,
+    DELTA,
+    DIRTY,
+    DRAIN,
+    DROPPED,
+    END,
+    ENDS,
+    EXPECTED,
     FAULT,
-    FAULTY,  # where
-    CREDIT,  # ticks of a credit on one link
+    FAULTY,
+    FED,
+    FILL,
+    FINAL,
+    FIRST,
+    FIRST_AGCU,
+    FORWARD,
+    FROZEN,
+    GAP,
+    GIVEN,
+    GIVES,
+    GIVES_FLOW,
+    GRANTED,
+    GROUP_TURN,
+    HELD_LINE,
+    HUNGRY,
+    IDLE,
+    INPUT,
+    INPUT_LEVEL,
+    INPUTS_USED,
+    INSIDE,
+    INTERVAL,
+    INTERVAL_CAUSE,
+    LANE,
     LANES,
-    SEQUENCE_MASK,  # bits of sequence ids that matter
-    CLOCK,
-) = range(10)
-TOKENS_FAULT, LINE_FAULT = 1, 2
-
-
-class Machine(NamedTuple):
-    """A kernel's state and configuration."""
-
-    clock: np.ndarray  # int64[CLOCK]
-    when: np.ndarray  # int64[nodes]: the tick for which each is scheduled
-    wheel: np.ndarray  # uint64[WHEEL, words]: nodes by tick modulo WHEEL, as bits
-    kind: np.ndarray  # int64[nodes]
-    index: np.ndarray  # int64[nodes]: row in the table of its kind
-    chain: np.ndarray  # int64[chains, CHAIN]
-    activity: np.ndarray  # int64[chains, busy + causes]
-    link: np.ndarray  # int64[links, LINK]
-    slots: np.ndarray  # int64: of a packet, when it arrives; of a free place, when its credit does
-    items: np.ndarray  # int64: flow and sequence id of the packet
-    queue: np.ndarray  # int64[queues, TOKEN_QUEUE]
-    tokens: np.ndarray  # int64: from which tick each counts
-    wire: np.ndarray  # int64[chains * TOKENS + 1]: first wire of each output
-    wire_queue: np.ndarray  # int64[wires]
-    wire_ticks: np.ndarray  # int64[wires]
-    pcu: np.ndarray  # int64[pcus, PCU_ROW]
-    pmu: np.ndarray  # int64[pmus, PMU_ROW]
-    agcu: np.ndarray  # int64[agcus, AGCU_ROW]
-    group: np.ndarray  # int64[groups, GROUP_ROW]
-    switch: np.ndarray  # int64[switches, 4]: first input, inputs, first output, outputs
-    ports: np.ndarray  # int64: their links
-    flow_out: np.ndarray  # int64[flows]: outputs of a packet's switch, as a mask
-    flow_next: np.ndarray  # int64[flows, 8]: its flow behind each
-    ring: np.ndarray  # int64
-    planes: np.ndarray  # uint64[pmus, 2, PLANES]: accesses left at each bank, in binary, a bank in each bit
-    tables: np.ndarray  # uint64[rows, PLANES]: likewise for an address
-
+    LATENCY,
+    LEAD,
+    LEFT,
+    LEVEL,
+    LEVELS,
+    LINE_FAULT,
+    LINE_SHIFT,
+    LINES,
+    LOW,
+    MASK,
+    MEMORY,
+    MOST,
+    MOVED,
+    NEVER,
+    NOW,
+    OCCUPIED,
+    OPERAND,
+    ORIGIN,
+    OUTPUT,
+    OWED,
+    PARTS,
+    PCU,
+    PIPELINE,
+    PLANES,
+    PMU,
+    PMU_FROZEN,
+    PMU_RING,
+    PMU_SEQUENCE,
+    PMU_SLIP,
+    PMU_STEP,
+    PORT,
+    POSITION,
+    PUSHES,
+    QUEUE,
+    QUIET,
+    RATE_P,
+    RATE_Q,
+    READ,
+    READY,
+    RING,
+    RUN,
+    SCALAR,
+    SCALAR_FLOW,
+    SCALE,
+    SENT,
+    SEQUENCE,
+    SIDE,
+    SIGNAL,
+    SIGNAL_LEVEL,
+    SINCE,
+    SINK,
+    SIZE,
+    SKEW_BITS,
+    SKEW_SHIFT,
+    SKIPPED,
+    SLIP,
+    SOME,
+    SOURCE,
+    STARVED,
+    STEP,
+    STEPS,
+    STORE,
+    SWITCH,
+    SYSTOLIC,
+    TABLE,
+    TABLE_MASK,
+    TAKEN,
+    TOKEN,
+    TOKENS,
+    TOKENS_FAULT,
+    TOKENS_HELD,
+    TURN,
+    UNDER_WAY,
+    UNIT,
+    USED,
+    VALID,
+    VECTOR,
+    VECTOR_FLOW,
+    WAIT,
+    WAIT_LEVEL,
+    WAITER,
+    WANT,
+    WHEEL,
+    WORDS,
+    WRITE,
+    WRITE_FIRST,
+    ZEROS,
+)
 
 # ---- scheduling ---------------------------------------------------------------------------------------
 
@@ -235,7 +181,7 @@ def _happens(m, tick):
 
 
 @njit(**INNER)
-def _account(m, chain, tick, cause):
+def account(m, chain, tick, cause):
     """The unit does `cause` from `tick` on."""
     row = m.chain[chain]
     m.activity[chain, row[CAUSE]] += tick - row[SINCE]
@@ -300,9 +246,9 @@ def _pop(m, link, tick):
 @njit(**CALLED)
 def _give(m, chain, outputs, tick):
     """Tokens leave by these outputs."""
-    for output in range(_TOKENS):
+    for output in range(TOKENS):
         if outputs >> output & 1:
-            for w in range(m.wire[chain * _TOKENS + output], m.wire[chain * _TOKENS + output + 1]):
+            for w in range(m.wire[chain * TOKENS + output], m.wire[chain * TOKENS + output + 1]):
                 row = m.queue[m.wire_queue[w]]
                 at = row[GIVEN] % row[SIZE]
                 arrives = tick + m.wire_ticks[w] + 1
@@ -322,12 +268,12 @@ def _missing(m, chain, tick):
     row = m.chain[chain]
     latest = np.int64(0)
     if row[WAIT] and row[ZEROS] >= row[WAIT_LEVEL]:
-        for i in range(_TOKENS):
+        for i in range(TOKENS):
             if row[WAIT] >> i & 1:
                 queue = m.queue[row[QUEUE + i]]
                 if queue[GIVEN] == queue[TAKEN]:
                     queue[EXPECTED] = 1
-                    latest = NEVER
+                    latest = np.int64(NEVER)
                 else:
                     latest = max(latest, m.tokens[queue[BASE] + queue[TAKEN] % queue[SIZE]])
     return latest
@@ -338,16 +284,16 @@ def _advance(m, chain, tick):
     """The iteration at hand is done. Returns the tokens that it raises."""
     row = m.chain[chain]
     if row[WAIT] and row[ZEROS] >= row[WAIT_LEVEL]:
-        for i in range(_TOKENS):
+        for i in range(TOKENS):
             if row[WAIT] >> i & 1:
                 queue = m.queue[row[QUEUE + i]]
-                beyond = queue[TAKEN] + _HELD
+                beyond = queue[TAKEN] + TOKENS_HELD
                 if queue[GIVEN] > beyond and m.tokens[queue[BASE] + beyond % queue[SIZE]] - 1 < tick:
                     m.clock[FAULT], m.clock[FAULTY] = TOKENS_FAULT, row[QUEUE + i]
                 queue[TAKEN] += 1
     raises = row[SIGNAL] if row[ENDS] >= row[SIGNAL_LEVEL] else 0
     level = row[ENDS]
-    if level >= _LEVELS:
+    if level >= LEVELS:
         row[RUN] = 0
     else:
         for n in range(level):
@@ -357,9 +303,9 @@ def _advance(m, chain, tick):
         row[ZEROS] = level
         n = row[LEAD]
         if level == n:
-            while n < _LEVELS and row[COUNTER + n] + 1 >= row[COUNT + n]:
+            while n < LEVELS and row[COUNTER + n] + 1 >= row[COUNT + n]:
                 n += 1
-        row[ENDS] = n if n < _LEVELS else _LEVELS + 2
+        row[ENDS] = n if n < LEVELS else LEVELS + 2
     row[GAP] = tick + max(row[INTERVAL], 1)
     row[STEPS] += 1
     real = tick + m.clock[SKIPPED]
@@ -390,7 +336,7 @@ def _due(m, row, ring, slip):
 @njit(**INNER)
 def pcu_tick(m, i, t):
     row = m.pcu[i]
-    wake = NEVER
+    wake = np.int64(NEVER)
     chain = row[UNIT]
     c = m.chain[chain]
     acts = False
@@ -449,7 +395,7 @@ def pcu_tick(m, i, t):
 
     # The header.
     stopped = hold if row[SYSTOLIC] else full
-    cause = _IDLE
+    cause = IDLE
     if c[RUN]:
         token = _missing(m, chain, t)
         operand = np.int64(0)
@@ -457,7 +403,7 @@ def pcu_tick(m, i, t):
             for k in range(row[INPUTS_USED]):
                 operand = max(operand, _head(m, row[INPUT + k]))
         if token <= t and operand <= t and c[GAP] <= t and not stopped:
-            cause = _BUSY
+            cause = BUSY
             for k in range(row[INPUTS_USED]):
                 if c[ENDS] >= row[INPUT_LEVEL + k]:
                     _pop(m, row[INPUT + k], t)
@@ -471,25 +417,25 @@ def pcu_tick(m, i, t):
                 _give(m, chain, raises, t)
             acts = True
         elif full and stopped:
-            cause = _OUTPUT
+            cause = OUTPUT
         elif hold:
-            cause = _DRAIN
+            cause = DRAIN
         elif token > t:
-            cause = _TOKEN
+            cause = TOKEN
             wake = min(wake, token)
         elif operand > t:
-            cause = _OPERAND
+            cause = OPERAND
             wake = min(wake, operand)
         else:
-            cause = _INTERVAL
+            cause = INTERVAL_CAUSE
             wake = min(wake, c[GAP])
     elif full:
-        cause = _OUTPUT
+        cause = OUTPUT
     elif hold:
-        cause = _DRAIN
+        cause = DRAIN
     elif row[LEFT] or row[RING + 2] != row[RING + 3] or row[ARRAY + 2] != row[ARRAY + 3] or acts:
-        cause = _PIPELINE
-    _account(m, chain, t, cause)
+        cause = PIPELINE
+    account(m, chain, t, cause)
     if acts:
         _happens(m, t)
         wake = min(wake, t + 1)
@@ -546,7 +492,7 @@ def _access(m, i, side, address, bits):
     inside = lanes
     if word + (lanes - 1) * lane < row[WORDS] and row[TABLE + side] >= 0:
         table = m.tables[row[TABLE + side] + (word & row[TABLE_MASK])]
-        for k in range(_PLANES):
+        for k in range(PLANES):
             planes[k] = table[k]
     else:
         inside = 0
@@ -563,7 +509,7 @@ def _access(m, i, side, address, bits):
 @njit(**INNER)
 def _wanted(planes):
     out = planes[0]
-    for k in range(1, _PLANES):
+    for k in range(1, PLANES):
         out |= planes[k]
     return out
 
@@ -573,7 +519,7 @@ def _serve(planes, banks):
     """One access at each of these banks is done. Returns whether any are left."""
     borrow = banks
     left = np.uint64(0)
-    for k in range(_PLANES):
+    for k in range(PLANES):
         plane = planes[k]
         planes[k] = plane ^ borrow
         borrow &= ~plane
@@ -586,13 +532,16 @@ def _ones(x):
     x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
     x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
     x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
+    x += x >> np.uint64(8)
+    x += x >> np.uint64(16)
+    x += x >> np.uint64(32)
+    return np.int64(x & np.uint64(0x7F))
 
 
 @njit(**INNER)
 def pmu_tick(m, i, t, bits):
     row = m.pmu[i]
-    wake = NEVER
+    wake = np.int64(NEVER)
     write, read = row[SIDE], row[SIDE + 1]
     acts = False
 
@@ -652,54 +601,54 @@ def pmu_tick(m, i, t, bits):
 
     # The write side.
     c = m.chain[write]
-    cause = _PIPELINE if row[OCCUPIED] else _IDLE
+    cause = PIPELINE if row[OCCUPIED] else IDLE
     if written:
         row[OCCUPIED] = 0
     if not free:
-        cause = _BANK
+        cause = BANK
     elif c[RUN]:
         token, operand = _missing(m, write, t), _head(m, row[FED])
         if token <= t and operand <= t and c[GAP] <= t:
-            cause = _BUSY
+            cause = BUSY
             sequence = _pop(m, row[FED], t) & 0xFFFF
             _access(m, i, 0, c[ORIGIN] + sequence * row[SCALE], bits)
             row[OWED] = _advance(m, write, t)
             acts = True
         elif token > t:
-            cause = _TOKEN
+            cause = TOKEN
             wake = min(wake, token)
         elif operand > t:
-            cause = _OPERAND
+            cause = OPERAND
             wake = min(wake, operand)
         else:
-            cause = _INTERVAL
+            cause = INTERVAL_CAUSE
             wake = min(wake, c[GAP])
-    _account(m, write, t, cause)
+    account(m, write, t, cause)
 
     # The read side.
     c = m.chain[read]
     under_way = row[OCCUPIED + 1] or due < NEVER
-    cause = _PIPELINE if under_way else _IDLE
+    cause = PIPELINE if under_way else IDLE
     if read_done:
         row[OCCUPIED + 1] = 0
     if not move:
-        cause = _OUTPUT
+        cause = OUTPUT
     elif not read_free:
-        cause = _BANK
+        cause = BANK
     elif c[RUN]:
         token = _missing(m, read, t)
         if token <= t and c[GAP] <= t:
-            cause = _BUSY
+            cause = BUSY
             _access(m, i, 1, c[ORIGIN], bits)
             row[OWED + 1] = _advance(m, read, t)
             acts = True
         elif token > t:
-            cause = _TOKEN
+            cause = TOKEN
             wake = min(wake, token)
         else:
-            cause = _INTERVAL
+            cause = INTERVAL_CAUSE
             wake = min(wake, c[GAP])
-    _account(m, read, t, cause)
+    account(m, read, t, cause)
 
     if acts:
         _happens(m, t)
@@ -721,7 +670,7 @@ def _fork(m, link, first_out, outs, t):
     head = _head(m, link)
     if head > t:
         return head
-    wake = NEVER
+    wake = np.int64(NEVER)
     item = m.items[row[BASE] + row[READ]]
     wants = m.flow_out[item >> 16] & ~row[SENT]
     for o in range(outs):
@@ -746,7 +695,7 @@ def switch_tick(m, s, t):
     first, ins, first_out, outs = m.switch[s]
     if ins == 1:
         return _fork(m, m.ports[first], first_out, outs, t)
-    wake = NEVER
+    wake = np.int64(NEVER)
     for i in range(ins):
         link = m.ports[first + i]
         row = m.link[link]
@@ -824,7 +773,7 @@ def _agcu_asks(m, row, t):
 @njit(**INNER)
 def _agcu_acts(m, row, t):
     """It does what it can. Returns when it may do more, or something else."""
-    wake = NEVER
+    wake = np.int64(NEVER)
     chain = row[AGCU]
     c = m.chain[chain]
     acts = full = False
@@ -857,7 +806,7 @@ def _agcu_acts(m, row, t):
             acts = True
 
     if row[READY] and operand <= t and (row[AT_ONCE] or row[GRANTED]):
-        cause = _BUSY
+        cause = BUSY
         address = c[ORIGIN]
         within = address & ((1 << row[LINE_SHIFT]) - 1)
         if within + row[USED] > 1 << row[LINE_SHIFT] or address % row[ALIGNED]:
@@ -874,23 +823,23 @@ def _agcu_acts(m, row, t):
                 _give(m, chain, raises, t)
         acts = True
     elif full and (crowded or not c[RUN]):
-        cause = _OUTPUT
+        cause = OUTPUT
     elif c[RUN]:
         token = _missing(m, chain, t)
         if token > t:
-            cause = _TOKEN
+            cause = TOKEN
             wake = min(wake, token)
         elif operand > t:
-            cause = _OPERAND
+            cause = OPERAND
             wake = min(wake, operand)
         elif c[GAP] > t:
-            cause = _INTERVAL
+            cause = INTERVAL_CAUSE
             wake = min(wake, c[GAP])
         else:
-            cause = _MEMORY
+            cause = MEMORY
     else:
-        cause = _PIPELINE if under_way else _IDLE
-    _account(m, chain, t, cause)
+        cause = PIPELINE if under_way else IDLE
+    account(m, chain, t, cause)
     if acts:
         _happens(m, t)
         wake = min(wake, t + 1)
@@ -903,7 +852,7 @@ def _agcu_acts(m, row, t):
 def group_tick(m, g, t):
     """A channel and its AGCUs."""
     group = m.group[g]
-    wake = NEVER
+    wake = np.int64(NEVER)
     count = group[AGCUS]
     asks = 0
     for k in range(count):
@@ -932,7 +881,7 @@ def group_tick(m, g, t):
 @njit(**INNER)
 def _lowest(x):
     """The number of the lowest bit that is set."""
-    return _ones((x & -x) - np.uint64(1))
+    return _ones(~x & (x - np.uint64(1)))
 
 
 @njit(**CALLED)
@@ -953,7 +902,7 @@ def tick(m, bits):
                 continue
             m.when[node] = NEVER
             some = True
-            kind, i = m.kind[node], m.index[node]
+            kind, i = m.kind[node], m.place[node]
             if kind == PCU:
                 wake = pcu_tick(m, i, t)
             elif kind == PMU:
@@ -971,275 +920,4 @@ def tick(m, bits):
 def close(m):
     """Account for all ticks up to the one that finds everything quiet."""
     for chain in range(len(m.chain)):
-        _account(m, chain, m.clock[QUIET] + 1, _IDLE)
-
-
-# ---- periods ------------------------------------------------------------------------------------------
-
-
-def _flush(m: Machine) -> None:
-    """Account for all ticks up to now."""
-    since = m.clock[NOW] - m.chain[:, SINCE]
-    np.add.at(m.activity, (np.arange(len(m.chain)), m.chain[:, CAUSE]), since)
-    m.chain[:, SINCE] = m.clock[NOW]
-
-
-@njit(**INNER)
-def _ahead(tick, now):
-    """Ticks from now on; what is over is over."""
-    return max(tick - now, 0)
-
-
-@njit(**INNER)
-def _periods(m, s, chain):
-    """How often the chain can go on as from s to m; NEVER: for ever, -1: it did not come back."""
-    a, b = s.chain[chain], m.chain[chain]
-    if a[RUN] != b[RUN] or a[ZEROS] != b[ZEROS] or a[ENDS] != b[ENDS]:
-        return -1
-    if _ahead(a[GAP], s.clock[NOW]) != _ahead(b[GAP], m.clock[NOW]):
-        return -1
-    out = NEVER
-    for n in range(_LEVELS):
-        if a[COUNTER + n] != b[COUNTER + n]:
-            by = b[COUNTER + n] - a[COUNTER + n]
-            if out < NEVER or by < 0 or a[COUNTER + n] == 0:
-                return -1
-            # The step that ends the level is not taken: what depends on it would be new.
-            out = (b[COUNT + n] - 1 - b[COUNTER + n]) // by
-    return out
-
-
-@njit(**INNER)
-def _same_ring(m, s, a, b, ring, slip, frozen):
-    """Whether the same comes out of two pipelines in as many ticks from now; `slip` and `frozen` are columns."""
-    count = b[ring + 3] - b[ring + 2]
-    if a[ring + 3] - a[ring + 2] != count or (a[frozen] < 0) != (b[frozen] < 0):
-        return False
-    before = a[slip] - (a[frozen] if a[frozen] >= 0 else s.clock[NOW])
-    after = b[slip] - (b[frozen] if b[frozen] >= 0 else m.clock[NOW])
-    for k in range(count):
-        x = s.ring[a[ring] + (a[ring + 2] + k & a[ring + 1])] + before
-        if x != m.ring[b[ring] + (b[ring + 2] + k & b[ring + 1])] + after:
-            return False
-    return True
-
-
-@njit(**CALLED)
-def _same_pcu(m, s, i):
-    a, b = s.pcu[i], m.pcu[i]
-    mask = m.clock[SEQUENCE_MASK]
-    if a[PARTS] != b[PARTS] or a[LEFT] != b[LEFT] or (a[SEQUENCE] ^ b[SEQUENCE]) & mask:
-        return False
-    return _same_ring(m, s, a, b, RING, SLIP, FROZEN) and _same_ring(
-        m, s, a, b, ARRAY, ARRAY_SLIP, ARRAY_FROZEN
-    )
-
-
-@njit(**CALLED)
-def _same_pmu(m, s, i):
-    a, b = s.pmu[i], m.pmu[i]
-    if a[WRITE_FIRST] != b[WRITE_FIRST] or (a[PMU_SEQUENCE] ^ b[PMU_SEQUENCE]) & m.clock[SEQUENCE_MASK]:
-        return False
-    for side in range(2):
-        for column in (OCCUPIED, OWED, INSIDE):
-            if a[column + side] != b[column + side]:
-                return False
-        for k in range(_PLANES):
-            if s.planes[i, side, k] != m.planes[i, side, k]:
-                return False
-        # Addresses must meet the same banks, and the same bounds.
-        differs = s.chain[a[SIDE + side], ORIGIN] ^ m.chain[b[SIDE + side], ORIGIN]
-        if b[ALWAYS + side]:
-            differs = (s.chain[a[SIDE + side], ORIGIN] - m.chain[b[SIDE + side], ORIGIN]) & b[TABLE_MASK]
-        if differs:
-            return False
-    return _same_ring(m, s, a, b, PMU_RING, PMU_SLIP, PMU_FROZEN)
-
-
-@njit(**CALLED)
-def _same_agcu(m, s, i):
-    a, b = s.agcu[i], m.agcu[i]
-    for column in (UNDER_WAY, VALID, SOME, DIRTY, DEBT):
-        if a[column] != b[column]:
-            return False
-    if (a[AGCU_SEQUENCE] ^ b[AGCU_SEQUENCE]) & m.clock[SEQUENCE_MASK]:
-        return False
-    before, after = s.chain[a[AGCU], ORIGIN], m.chain[b[AGCU], ORIGIN]
-    if (after - before) & ((1 << b[LINE_SHIFT]) - 1):
-        return False
-    moved = ((after - before) & m.chain[b[AGCU], MASK]) >> b[LINE_SHIFT]
-    if b[SOME] and (b[HELD_LINE] - a[HELD_LINE] - moved) & (m.chain[b[AGCU], MASK] >> b[LINE_SHIFT]):
-        return False
-    count = b[AGCU_RING + 3] - b[AGCU_RING + 2]
-    if a[AGCU_RING + 3] - a[AGCU_RING + 2] != count:
-        return False
-    for k in range(count):
-        x = s.ring[a[AGCU_RING] + (a[AGCU_RING + 2] + k & a[AGCU_RING + 1])]
-        y = m.ring[b[AGCU_RING] + (b[AGCU_RING + 2] + k & b[AGCU_RING + 1])]
-        if _ahead(x, s.clock[NOW]) != _ahead(y, m.clock[NOW]):
-            return False
-    return True
-
-
-@njit(**CALLED)
-def _same_group(m, s, i):
-    a, b = s.group[i], m.group[i]
-    if a[GROUP_TURN] != b[GROUP_TURN]:
-        return False
-    idle = True
-    for k in range(b[FIRST_AGCU], b[FIRST_AGCU] + b[AGCUS]):
-        idle &= not m.chain[m.agcu[k, AGCU], RUN] and not m.agcu[k, DIRTY]
-        idle &= not s.chain[s.agcu[k, AGCU], RUN] and not s.agcu[k, DIRTY]
-    ticks = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
-    return idle or ticks % b[RATE_Q] * b[RATE_P] % b[RATE_Q] == 0
-
-
-@njit(**CALLED)
-def _same_link(m, s, i):
-    a, b = s.link[i], m.link[i]
-    if a[LEVEL] != b[LEVEL] or a[SENT] != b[SENT] or a[TURN] != b[TURN]:
-        return False
-    mask = ~np.int64(0xFFFF) | m.clock[SEQUENCE_MASK]
-    x, y = a[READ], b[READ]
-    for k in range(b[CAPACITY]):
-        at, on = a[BASE] + x, b[BASE] + y
-        if _ahead(s.slots[at], s.clock[NOW]) != _ahead(m.slots[on], m.clock[NOW]):
-            return False
-        if k < b[LEVEL] and (s.items[at] ^ m.items[on]) & mask:
-            return False
-        x = x + 1 if x + 1 < a[CAPACITY] else 0
-        y = y + 1 if y + 1 < b[CAPACITY] else 0
-    return True
-
-
-@njit(**CALLED)
-def _same_queue(m, s, i):
-    a, b = s.queue[i], m.queue[i]
-    if a[GIVEN] - a[TAKEN] != b[GIVEN] - b[TAKEN]:
-        return False
-    for k in range(b[GIVEN] - b[TAKEN]):
-        x = s.tokens[a[BASE] + (a[TAKEN] + k) % a[SIZE]]
-        y = m.tokens[b[BASE] + (b[TAKEN] + k) % b[SIZE]]
-        if _ahead(x, s.clock[NOW]) != _ahead(y, m.clock[NOW]):
-            return False
-    return True
-
-
-@njit(**CALLED)
-def _again(m, s, i, least):
-    """How many periods part i of the machine allows; -1 where that is below `least`, or it is not as it was."""
-    if i < len(m.chain):
-        out = _periods(m, s, i)
-        return out if out >= least else -1
-    i -= len(m.chain)
-    if i < len(m.pcu):
-        return NEVER if _same_pcu(m, s, i) else -1
-    i -= len(m.pcu)
-    if i < len(m.pmu):
-        return NEVER if _same_pmu(m, s, i) else -1
-    i -= len(m.pmu)
-    if i < len(m.agcu):
-        return NEVER if _same_agcu(m, s, i) else -1
-    i -= len(m.agcu)
-    if i < len(m.group):
-        return NEVER if _same_group(m, s, i) else -1
-    i -= len(m.group)
-    if i < len(m.link):
-        return NEVER if _same_link(m, s, i) else -1
-    return NEVER if _same_queue(m, s, i - len(m.link)) else -1
-
-
-def _leap(m: Machine, s: Machine, times: int) -> None:
-    """Take the period from s to m so many times more. Queues stay as they are, and so does NOW."""
-    period = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
-
-    def more(table: str, columns: list[int] | slice) -> np.ndarray:
-        return (getattr(m, table)[:, columns] - getattr(s, table)[:, columns]) * times
-
-    m.activity[:] += more("activity", slice(None))
-    c = m.chain
-    counters = slice(COUNTER, COUNTER + _LEVELS)
-    by = more("chain", counters)
-    c[:, counters] += by
-    c[:, ORIGIN] = c[:, ORIGIN] + (by * c[:, STRIDE : STRIDE + _LEVELS]).sum(axis=1) & c[:, MASK]
-    at_end = c[:, counters] + 1 >= c[:, COUNT : COUNT + _LEVELS]
-    c[:, ENDS] = np.where(at_end.all(axis=1), _LEVELS + 2, (~at_end).argmax(axis=1))
-    steps = more("chain", [STEPS])[:, 0]
-    c[:, STEPS] += steps
-    c[:, END] += np.where(steps, period * times, 0)
-    line = m.agcu[:, HELD_LINE] + more("agcu", [HELD_LINE])[:, 0]
-    m.agcu[:, HELD_LINE] = line & c[m.agcu[:, AGCU], MASK] >> m.agcu[:, LINE_SHIFT]
-    for table, counted, sequence in (
-        ("pcu", [], SEQUENCE),
-        ("pmu", [CONFLICTS, MOVED, MOVED + 1, DROPPED], PMU_SEQUENCE),
-        ("agcu", [LINES], AGCU_SEQUENCE),
-    ):
-        rows = getattr(m, table)
-        rows[:, [*counted, sequence]] += more(table, [*counted, sequence])
-        rows[:, sequence] &= 0xFFFF
-    m.link[:, PUSHES] += more("link", [PUSHES])[:, 0]
-    m.clock[SKIPPED] += period * times
-
-
-# What a run never changes.
-_FIXED = (
-    "kind",
-    "index",
-    "wire",
-    "wire_queue",
-    "wire_ticks",
-    "switch",
-    "ports",
-    "flow_out",
-    "flow_next",
-    "tables",
-)
-# What `advance` keeps between calls: ticks without anything scheduled, ticks simulated, the part compared last.
-ASLEEP, TICKS, PART, PROGRESS = range(4)
-
-
-@njit(cache=True)
-def advance(m, s, bits, progress, compare, until):
-    """Tick by tick, until nothing is scheduled or something is wrong: 0; or until that many ticks were simulated: -1.
-
-    With `compare` also until the state is as in the snapshot s: the number of periods that may follow.
-    """
-    parts = len(m.chain) + len(m.pcu) + len(m.pmu) + len(m.agcu) + len(m.group) + len(m.link) + len(m.queue)
-    while progress[ASLEEP] < WHEEL and not m.clock[FAULT]:
-        if progress[TICKS] >= until:
-            return -1
-        progress[ASLEEP] = 0 if tick(m, bits) else progress[ASLEEP] + 1
-        m.clock[NOW] += 1
-        progress[TICKS] += 1
-        if compare:
-            period = m.clock[NOW] + m.clock[SKIPPED] - s.clock[NOW] - s.clock[SKIPPED]
-            least = max(64, progress[TICKS] >> 3) // period + 1  # a leap must be worth its copies
-            times = NEVER
-            for _ in range(parts):
-                # What differed last is compared first, so most comparisons end at once.
-                times = min(times, _again(m, s, progress[PART], least))
-                if times < 0:
-                    break
-                progress[PART] = progress[PART] + 1 if progress[PART] + 1 < parts else 0
-            if 0 < times < NEVER:
-                return times
-    return 0
-
-
-def run(m: Machine, bits: int, fold: bool) -> int:
-    """Until everything is quiet or something is wrong. Returns the ticks that were simulated.
-
-    With `fold` the state is compared in every tick with a snapshot that is renewed whenever twice as many ticks have
-    passed (Brent's cycle detection).
-    """
-    progress = np.zeros(PROGRESS, np.int64)
-    began, span, kept = 0, 32, m
-    while times := advance(m, kept, bits, progress, kept is not m, began + span if fold else NEVER):
-        _flush(m)
-        if times > 0:
-            _leap(m, kept, times)
-            began, span, kept = int(progress[TICKS]), 32, m
-        else:
-            kept = Machine(*(a if n in _FIXED else a.copy() for n, a in zip(Machine._fields, m, strict=True)))
-            span *= 2
-    return int(progress[TICKS])
+        account(m, chain, m.clock[QUIET] + 1, IDLE)

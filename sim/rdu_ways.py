@@ -304,4 +304,6 @@ def switch_tables(records: Mapping[str, np.ndarray]) -> Tables:
     if rows is None:
         return {}
     columns = [rows[f].tolist() for f in ("network", "x", "y", "port", "flow", "out", "next_flow")]
-    return {(n, x, y, port, flow): (out, after) for n, x, y, port, flow, out, after in zip(*columns, strict=True)}
+    return {
+        (n, x, y, port, flow): (out, after) for n, x, y, port, flow, out, after in zip(*columns, strict=True)
+    }

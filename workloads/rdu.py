@@ -9,8 +9,9 @@ An image is a dict of arrays:
 
 A section is a process network (Kahn 1974): units are processes, streams are queues without bounds, tokens are
 counted. Such a network gives one result whatever the order in which its processes work, but for what they share, the
-words of a PMU and off-chip memory, whose order tokens have to settle. So every kernel is executed twice, in two
-orders as different as possible, and a program for which they differ is refused.
+words of a PMU and off-chip memory, whose order tokens have to settle. So every kernel is executed in three ORDERS: what
+reads comes as early as can be, what reads a PMU as late as can be, and what reads off-chip memory as late as can be.
+A program for which they differ is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ _ADDRESSES = 1 << rdu.ADDRESS_BITS
 _STEP = ((0, -1), (1, 0), (0, 1), (-1, 0))
 _EAST, _WEST = MESH.index("east"), MESH.index("west")
 LOAD, STORE = 1, 2  # directions of an AGCU
-_FEW = 5  # iterations that a process takes at once in the second order
+_FEW = 5  # iterations that a process takes at once where an order says so
 
 
 def blank_image(params: RduParams) -> Image:
@@ -70,8 +71,8 @@ def interpret(
     """The image that `program` leaves, and the decisions that its timing depends on: none on this machine.
 
     `image` is not changed; `decisions` are handed through. Raises ValueError naming segment and unit for an address
-    beyond memory or across lines, a flow that leads nowhere, units that wait for one another, packets left over, and
-    results that depend on who is first.
+    beyond memory or across lines, a flow that leads nowhere, units that wait for one another, packets left over,
+    results that depend on who is first, and bytes that a kernel shares with a COPY under way, of which one writes.
     """
     machine = Machine(spec.params(), {name: np.array(array) for name, array in image.items()})
     machine.run(program)
@@ -203,6 +204,11 @@ class Process:
                 chain.tokens[index] += self.chain.events(first, end)
         return True
 
+    @property
+    def role(self) -> str:
+        """What it does, by the names in ORDERS."""
+        raise NotImplementedError
+
     def work(self, first: int, end: int) -> None:
         raise NotImplementedError
 
@@ -225,6 +231,7 @@ class Pcu(Process):
     params: RduParams | None = None
     stages: Sequence[Config] = ()
     computed: int = 0
+    role = "compute"
 
     def work(self, first: int, end: int) -> None:
         systolic = rdu.MODES[int(self.config["mode"])] == "systolic"
@@ -313,6 +320,8 @@ class Side(Process):
 class Writer(Side):
     """The write side."""
 
+    role = "write"
+
     def work(self, first: int, end: int) -> None:
         data, sequence = self.packets("vector", 0, np.arange(first, end))
         valid, bank, index = self._places(first, end, "write_", sequence * int(self.config["sequence_scale"]))
@@ -321,6 +330,8 @@ class Writer(Side):
 
 class Reader(Side):
     """The read side."""
+
+    role = "read"
 
     def work(self, first: int, end: int) -> None:
         valid, bank, index = self._places(first, end, "read_", 0)
@@ -335,6 +346,12 @@ class Gate(Process):
     memory: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     base: int = 0
     lanes: int = 1
+    kept: tuple[tuple[int, int], ...] = ()
+    """Bytes, from first to before end, that are another's."""
+
+    @property
+    def role(self) -> str:
+        return "load" if int(self.config["direction"]) == LOAD else "store"
 
     def work(self, first: int, end: int) -> None:
         config = self.config
@@ -351,6 +368,9 @@ class Gate(Process):
             raise ValueError(
                 f"{self.name}: {words} elements of {size} bytes at byte {address} are not within a line of {line}"
             )
+        for start, stop in self.kept:
+            for address in at[(at < stop) & (at + words * size > start)][:1]:
+                raise ValueError(f"{self.name}: byte {address} is in use by a COPY that no WAIT has ended")
         where = at[:, None] + np.arange(words * size)
         half = rdu.FORMATS[int(config["format"])] == "bf16"
         if int(config["direction"]) == LOAD:
@@ -362,6 +382,22 @@ class Gate(Process):
             data = self.packets("vector", 0, np.arange(first, end))[0][:, :words]
             raw = (data >> _HALF).astype("<u2") if half else data.astype("<u4")
             self.memory[where] = np.ascontiguousarray(raw).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which processes come first: those of one rank, by their roles, only when none of the ranks before can go on."""
+
+    roles: tuple[tuple[str, ...], ...]
+    back: bool = False  # within a rank, from the last one on
+    few: bool = False  # a few iterations at a time
+
+
+ORDERS = (
+    Order((("load", "read"), ("compute",), ("write", "store"))),
+    Order((("store", "write", "compute"), ("load",), ("read",))),
+    Order((("store", "write", "compute"), ("read",), ("load",)), back=True, few=True),
+)
 
 
 # ---- the machine --------------------------------------------------------------------------------------
@@ -379,6 +415,7 @@ class Machine:
         self.config: dict[str, np.ndarray] = {}
         self.tables: dict[tuple[str, int, int, int, int], tuple[int, int]] = {}
         self.args = np.zeros(256, np.int64)
+        self.copied: dict[str, list[tuple[str, int, int]]] = {"reads": [], "writes": []}
         positions = [(x, y) for y in range(p.rows) for x in range(p.columns) if not rdu.is_pcu(x, y)]
         self.pmu_index = {at: i for i, at in enumerate(positions)}
 
@@ -414,6 +451,8 @@ class Machine:
                 self.tables[key] = int(s["out"]), int(s["next_flow"])
         elif name == "COPY":
             self._copy(op)
+        elif name == "WAIT":
+            self.copied = {"reads": [], "writes": []}
         elif name == "KERNEL_EXECUTE":
             self._kernel()
 
@@ -424,27 +463,40 @@ class Machine:
         for what, memory, start in (("reads", source, first), ("writes", target, to)):
             if start + size > len(memory):
                 raise ValueError(f"COPY {what} {size} bytes from {start} on; the memory has {len(memory)}")
-        target[to : to + size] = source[first : first + size].copy()
+        if source is target and size and abs(first - to) < size:
+            raise ValueError(f"COPY of {size} bytes from {first} to {to}: they overlap")
+        target[to : to + size] = source[first : first + size]
+        # A COPY waits for the one before; kernels do not.
+        self.copied = {
+            "reads": [(rdu.TIERS[int(op["source"])], first, first + size)] if size else [],
+            "writes": [(rdu.TIERS[int(op["target"])], to, to + size)] if size else [],
+        }
 
     def _kernel(self) -> None:
         shared = (*rdu.TIERS, "scratch")
         before = {name: self.image[name].copy() for name in shared}
-        self._network(few=False)
+        self._network(ORDERS[0])
         after = {name: self.image[name].copy() for name in shared}
-        for name in shared:
-            self.image[name][...] = before[name]
-        self._network(few=True)
-        for name in shared:
-            if not np.array_equal(self.image[name], after[name]):
-                at = tuple(int(i[0]) for i in np.nonzero(self.image[name] != after[name]))
-                raise ValueError(f"{name}{list(at)} depends on which unit is first: a token is missing")
+        for order in ORDERS[1:]:
+            for name in shared:
+                self.image[name][...] = before[name]
+            self._network(order)
+            for name in shared:
+                if not np.array_equal(self.image[name], after[name]):
+                    at = [int(i[0]) for i in np.nonzero(self.image[name] != after[name])]
+                    where = f"{name}: byte {at[0]}"
+                    if name == "scratch":
+                        x, y = next(place for place, i in self.pmu_index.items() if i == at[0])
+                        where = f"pmu@{x},{y}: word {at[2]} of bank {at[1]}"
+                    raise ValueError(f"{where} depends on which unit is first: a token is missing")
 
-    def _network(self, few: bool) -> None:
-        """Execute the loaded section; with `few`, in the other order."""
+    def _network(self, order: Order) -> None:
+        """Execute the loaded section."""
         processes = self._processes()
-        order = processes[::-1] if few else processes
-        while sum(p.step(few) for p in order):
-            pass
+        ranks = [[p for p in processes[:: -1 if order.back else 1] if p.role in roles] for roles in order.roles]
+        at = 0
+        while at < len(ranks):
+            at = 0 if sum(p.step(order.few) for p in ranks[at]) else at + 1
         waiting = [text for p in processes if (text := p.hindrance())]
         if waiting:
             raise ValueError(f"deadlock: {'; '.join(waiting[:8])}")
@@ -491,11 +543,14 @@ class Machine:
             if int(c["direction"]) not in (LOAD, STORE):
                 continue
             i = int(c["agcu"])
-            memory = self.image[rdu.TIERS[int(c["tier"])]]
+            tier, store = rdu.TIERS[int(c["tier"])], int(c["direction"]) == STORE
+            memory = self.image[tier]
+            shared = self.copied["writes"] + (self.copied["reads"] if store else [])
+            kept = tuple((start, stop) for name, start, stop in shared if name == tier)
             base = int(self.args[int(c["argument"])])
             at = ("agcu", *self._gate(i)[:2])
-            gate = Gate(f"agcu@{i}", at, c, Chain(c), memory=memory, base=base, lanes=p.lanes)
-            if int(c["direction"]) == STORE:
+            gate = Gate(f"agcu@{i}", at, c, Chain(c), memory=memory, base=base, lanes=p.lanes, kept=kept)
+            if store:
                 gate.inputs["vector", 0] = Queue(p.lanes), 0
             found.append(gate)
         self._wire(found)

@@ -20,6 +20,7 @@ from tilewright.mappers.rdu.fabric import LOCAL, Fabric
 from tilewright.mappers.rdu.netlist import Netlist, Sink, Stream, Unit
 from tilewright.mappers.rdu.place import Placement, place
 from tilewright.mappers.rdu.route import Routing, Turns, route
+from tilewright.mappers.rdu.store import remembered
 
 __all__ = ["Built", "Section", "segment"]
 
@@ -263,8 +264,13 @@ class Section:
                 raise UserError(f"unit {unit}: there is no {self._kinds[unit]} at {x},{y}")
             pinned[unit] = found[self._kinds[unit], x, y]
         half = None if time_limit_s is None else time_limit_s / 2
-        placement = place(netlist, fabric, seed=seed, moves=moves, pinned=pinned, seconds=half)
-        routing = route(netlist, fabric, placement, turns=turns, seconds=half)
+
+        def find() -> tuple[Placement, Routing]:
+            placed = place(netlist, fabric, seed=seed, moves=moves, pinned=pinned, seconds=half)
+            return placed, route(netlist, fabric, placed, turns=turns, seconds=half)
+
+        known = repr((fabric, netlist, seed, moves, turns, sorted(pinned.items())))
+        placement, routing = find() if half is not None else remembered(known, find)
         records = self._records(fabric, placement, routing)
         return Built(self.name, netlist, fabric, placement, routing, records, self.tags)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.arch.errors import UserError
-from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOKENS, TOKENS_HELD, RduParams
+from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOKENS, TOKENS_HELD, RduParams, is_pcu
 
 __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column", "stage"]
 
@@ -124,6 +124,10 @@ class Pipeline:
         self.tokens: list[tuple[str, str, int]] = []
         self.starts: dict[str, list[tuple[str, int]]] = {}
         """What must be so before a side begins a block: tokens from other sides, and how many there are at first."""
+        self.rows: dict[str, list[str]] = {}
+        """Compute units that a memory unit's weights go to."""
+        self.bundles: list[set[str]] = []
+        """Sides that begin each block together."""
         self.loads: list[str] = []
         """A memory unit of each gate that fills some once."""
         self.filled: list[str] = []
@@ -189,10 +193,18 @@ class Pipeline:
     def close(self) -> None:
         """Wire what sides need to begin a block; where that is more than control inputs, through compute units that
         only join tokens."""
-        for sink, needs in self.starts.items():
-            unit = _side(sink)[0]
+        bundles: list[set[str]] = []
+        for bundle in [*self.bundles, *({sink} for sink in self.starts)]:
+            meeting = [b for b in bundles if b & bundle]
+            bundles = [b for b in bundles if not b & bundle] + [bundle.union(*meeting)]
+        order = {sink: i for i, sink in enumerate(self.starts)}
+        for bundle in bundles:
+            sinks = sorted(bundle, key=lambda sink: order[sink])
+            needs = list(dict.fromkeys(need for sink in sinks for need in self.starts[sink]))
+            unit = _side(sinks[0])[0]
             for source, hold in self._joined(f"{unit}.join", self.units[unit].tag, needs, TOKENS, self.blocks):
-                self.wire(source, sink, hold)
+                for sink in sinks:
+                    self.wire(source, sink, hold)
         if len(self.loads) > 1:
             every = [(f"{unit}.write", 0) for unit in self.loads]
             for source, hold in self._joined("loaded", "load", every, 1, 1):
@@ -422,10 +434,8 @@ class Pipeline:
                 for flow, at in inputs
                 if not at and f"{flow.sources[g][0]}.read" in (flow.readers[g] if flow.readers else ())
             ]
-            for reader in together:
-                for other in together:
-                    if other != reader and (f"{other}.write", 0) not in self.starts.get(f"{reader}.read", []):
-                        self.need(f"{reader}.read", f"{other}.write")
+            if len(together) > 1:
+                self.bundles.append({f"{reader}.read" for reader in together})
         out = prod(inner[level if fold_level is None else fold_level :] if fold else inner)
         if columns is not None:
             out = columns
@@ -463,6 +473,7 @@ class Pipeline:
                 )  # fmt: skip
                 self.feed(x.sources[g][0], unit, 0)
                 self.feed(weight, unit, 1)
+                self.rows.setdefault(weight, []).append(unit)
                 self.work[unit] = max(depth, c) * strips * self.blocks
                 row.append(unit)
             sources.append(tuple(row))
@@ -635,6 +646,7 @@ class Pipeline:
                 self.units[unit].stages = [stage("multiply", INPUTS, 0, 5)]
                 self.feed(x.sources[g][0], unit, 0, "scalar")
                 self.feed(weight, unit, 0)
+                self.rows.setdefault(weight, []).append(unit)
                 self.work[unit] = depth * strips * self.blocks
                 row.append(unit)
             sources.append(tuple(row))
@@ -664,6 +676,27 @@ class Pipeline:
             section.stream(source, *sinks, network=self.networks[source], rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Columns and rows for the units of products: a memory unit with weights, and east of it those that it feeds.
+
+        Weights flow east then, and the rows of each group can flow south, past all units of the product: streams of
+        full rate that share no link. Empty if there is no room for all. The others find their places between them.
+        """
+        p = self.p
+        wide = max((len(units) for units in self.rows.values()), default=0)
+        width = 2 * wide + 2
+        across = p.columns // width if wide else 0
+        if not across or len(self.rows) > across * p.rows:
+            return {}
+        pitch = p.columns // across
+        out = {}
+        for i, (weight, units) in enumerate(self.rows.items()):
+            x, y = i // p.rows * pitch, i % p.rows
+            x += int(is_pcu(x, y))
+            out[weight] = (x, y)
+            out |= {unit: (x + 1 + 2 * n, y) for n, unit in enumerate(units)}
+        return out
 
     def packets(self, name: str) -> int:
         """Packets that a unit gives in all."""

@@ -310,15 +310,16 @@ class Pcu(wiring.Component):
         # Counter values travel along; every lane has its registers side by side.
         loops = LEVELS * len(chain.counters[0])
         enter = _Move("enter", p.lanes * row + loops)
-        for lane in lanes:
-            for i in range(p.vector_inputs):
-                port = getattr(self, f"vector_{i}")
-                m.d.comb += enter.data.word_select(lane * registers + i, word).eq(port.payload.data[lane])
-            for i in range(p.scalar_inputs):
-                port = getattr(self, f"scalar_{i}")
-                m.d.comb += enter.data.word_select(lane * registers + INPUTS + i, word).eq(
-                    port.payload.data[0]
-                )
+        for i in range(p.vector_inputs):
+            with m.If(c.vectors[i]):  # other registers begin as 0
+                for lane in lanes:
+                    word_of = getattr(self, f"vector_{i}").payload.data[lane]
+                    m.d.comb += enter.data.word_select(lane * registers + i, word).eq(word_of)
+        for i in range(p.scalar_inputs):
+            with m.If(c.scalars[i]):
+                for lane in lanes:
+                    word_of = getattr(self, f"scalar_{i}").payload.data[0]
+                    m.d.comb += enter.data.word_select(lane * registers + INPUTS + i, word).eq(word_of)
         m.d.comb += [
             enter.data[p.lanes * row :].eq(chain.counters.as_value()),
             enter.valid.eq(step),

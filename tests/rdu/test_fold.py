@@ -9,9 +9,10 @@ from tests.rdu.test_model import SETS, Sketch, launch, random_sketch, spec_of
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import dynamic_flow
-from tilewright.sim import rdu_engine as engine
+from tilewright.sim import rdu_state as state
 from tilewright.sim.rdu import execute, simulate
 from tilewright.sim.rdu_build import build
+from tilewright.sim.rdu_periods import run_kernel
 
 # A link of the last two moves less than a packet a tick: it is never joined with another.
 MACHINES = [
@@ -100,8 +101,8 @@ def test_periods_are_leapt_over(more):
     section = pipeline(p, 2000, more=more)
     assert_equal(*both(p, section))
     m = build(p, section, {}).machine
-    simulated = engine.run(m, 3, True)
-    assert 40 * simulated < m.clock[engine.QUIET] + m.clock[engine.SKIPPED]
+    simulated = run_kernel(m, 3, True)
+    assert 40 * simulated < m.clock[state.QUIET] + m.clock[state.SKIPPED]
 
 
 def test_a_billion_ticks():
@@ -123,17 +124,16 @@ def test_the_rate_of_memory_is_part_of_the_state(rate):
     plain, folded = both(p, s.records())
     assert_equal(plain, folded)
     m = build(p, s.records(), {}).machine
-    assert 2 * engine.run(m, 3, True) < plain.ticks
+    assert 2 * run_kernel(m, 3, True) < plain.ticks
 
 
 def test_links_without_a_choice_are_joined():
     p = PARAMS[1]
     section = pipeline(p, 4)
     plain, folded = (build(p, section, {}, fold=fold).machine for fold in (False, True))
-    # Each of the three streams goes over 3 links and 2 switches; then it is one link. PMU (1, 0) has an input, too.
-    assert (len(plain.link), len(folded.link)) == (3 * 3 + 1, 3 + 1)
-    assert len(plain.switch) == 3 * 2 + 1  # one of them nobody's
-    assert len(folded.switch) == 1
+    # Each of the three streams goes over 3 links and 2 switches; then it is one link.
+    assert (len(plain.link), len(folded.link)) == (3 * 3, 3)
+    assert (len(plain.switch), len(folded.switch)) == (3 * 2, 0)
 
 
 def test_equal_kernels_are_run_once():

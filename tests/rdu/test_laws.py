@@ -11,9 +11,11 @@ from tests.rdu.test_model import SETS, Sketch, random_sketch, spec_of
 from tilewright.arch import rdu
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import dynamic_flow
-from tilewright.sim import rdu_engine as engine
+from tilewright.sim import rdu_state as state
 from tilewright.sim.rdu import execute
 from tilewright.sim.rdu_build import build
+from tilewright.sim.rdu_engine import tick
+from tilewright.sim.rdu_periods import run_kernel
 
 FEW = settings(deadline=None, max_examples=40)
 LINKS = 3  # from a unit to its neighbour: into the switch, across, out
@@ -114,12 +116,12 @@ def test_no_more_is_in_flight_than_there_are_credits(seed):
     m = build(p, random_sketch(p, seed), {}, fold=False).machine
     popped = [np.zeros(len(m.link), np.int64)] * p.credit  # of each link, before this tick and earlier ones
     for _ in range(150):
-        engine.tick(m, p.banks.bit_length() - 1)
-        m.clock[engine.NOW] += 1
-        pushed = m.link[:, engine.PUSHES].copy()
+        tick(m, p.banks.bit_length() - 1)
+        m.clock[state.NOW] += 1
+        pushed = m.link[:, state.PUSHES].copy()
         # A place is taken until its credit is back.
         assert (pushed - popped[-p.credit] <= p.fifo_depth).all()
-        popped.append(pushed - m.link[:, engine.LEVEL])
+        popped.append(pushed - m.link[:, state.LEVEL])
 
 
 def test_a_link_fills_up_to_its_credits():
@@ -127,10 +129,10 @@ def test_a_link_fills_up_to_its_credits():
     s = stream(p, 20)
     s.rows["config.pcu"][0] |= {"wait": 1}  # a token that never comes
     m = build(p, s.records(), {}, fold=False).machine
-    engine.run(m, 3, False)
+    run_kernel(m, 3, False)
     # Three links of 4 places, a packet at the output.
-    assert m.link[:, engine.PUSHES].max() == 3 * p.fifo_depth
-    assert (m.link[m.link[:, engine.PUSHES] > 0, engine.LEVEL] == p.fifo_depth).all()
+    assert m.link[:, state.PUSHES].max() == 3 * p.fifo_depth
+    assert (m.link[m.link[:, state.PUSHES] > 0, state.LEVEL] == p.fifo_depth).all()
 
 
 @FEW

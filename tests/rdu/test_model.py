@@ -311,7 +311,12 @@ def launch(section, args=()):
 
 
 def span_of(timeline):
-    return {int(s["tag"]): (int(s["first"]), int(s["end"])) for s in timeline.spans}
+    """First tick and end of each tag over all segments."""
+    out = {}
+    for span in timeline.spans:
+        first, end = out.get(int(span["tag"]), (timeline.ticks, 0))
+        out[int(span["tag"])] = min(first, int(span["first"])), max(end, int(span["end"]))
+    return out
 
 
 def same(model, rtl):
@@ -462,7 +467,7 @@ def two(p, **fields):
         ({"send_vector": 1, "flow": 3}, r"flow 0x3 leads nowhere from port 4 of the vector switch 0,0"),
         (
             {"send_vector": 1, "flow": dynamic_flow(0, 1, 2)},
-            r"input 2 of the unit at 0,1, whose vector inputs number 1",
+            r"input 2 of pmu@0,1, whose vector inputs number 1",
         ),
         ({"gated": 1, "fold": "add"}, r"pcu@0,0: a gate goes with SIMD mode without fold and tree"),
     ],

@@ -9,7 +9,7 @@ from tilewright.arch import rdu
 from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
-from tilewright.mappers.rdu.fabric import EAST, LOCAL, WEST
+from tilewright.mappers.rdu.fabric import EAST, LOCAL, STEP, WEST
 from tilewright.mappers.rdu.section import Section, segment
 
 
@@ -65,7 +65,7 @@ def test_the_records_of_a_pipeline():
 
 
 def test_the_tables_of_a_pipeline():
-    """Every way is one hop to the east, or back; of the two streams over that link the later one has flow 1."""
+    """From each output they lead to one place, whatever the way."""
     built = pipeline(small()).build(at=AT)
     tables = {
         (t["x"], t["y"], t["port"], t["flow"]): (t["out"], t["next_flow"]) for t in rows(built, "config.switch")
@@ -74,19 +74,16 @@ def test_the_tables_of_a_pipeline():
     load = rows(built, "config.agcu")[0]
 
     def ends(x, y, port, flow):
-        out, after = tables[x, y, port, flow]
-        for port in range(8):
-            if not out >> port & 1:
-                continue
-            if port in (EAST, WEST) and 0 <= x + (port == EAST) - (port == WEST) < 2:
-                yield from ends(x + (port == EAST) - (port == WEST), y, rdu.OPPOSITE[port], after)
-            else:
-                yield x, y, port
+        mask, after = tables.pop((x, y, port, flow))
+        (out,) = [k for k in range(8) if mask >> k & 1]
+        dx, dy = STEP[out] if out < LOCAL else (0, 0)
+        inside = out < LOCAL and 0 <= x + dx < 2 and 0 <= y + dy < 2
+        return ends(x + dx, y + dy, rdu.OPPOSITE[out], after) if inside else (x, y, out)
 
-    assert list(ends(0, 0, WEST, load["flow"])) == [(1, 0, LOCAL)]
-    assert list(ends(1, 0, LOCAL, pmu["flow"])) == [(0, 0, LOCAL)]
-    assert list(ends(0, 0, LOCAL, pcu["flow"])) == [(1, 0, EAST)]
-    assert len(tables) == 6  # two switches each
+    assert ends(0, 0, WEST, load["flow"]) == (1, 0, LOCAL)
+    assert ends(1, 0, LOCAL, pmu["flow"]) == (0, 0, LOCAL)
+    assert ends(0, 0, LOCAL, pcu["flow"]) == (1, 0, EAST)
+    assert not tables  # nothing else is written
 
 
 def test_a_segment_launches_a_section():
@@ -96,7 +93,7 @@ def test_a_segment_launches_a_section():
     assert tags == ["before", *built.tags]
     code = made.regions["code"]
     assert [rdu.OPS[op].name for op in code["op"]] == ["PROGRAM_LOAD", "ARGUMENT_LOAD", "KERNEL_EXECUTE"]
-    assert code["section"].tolist() == [5, 5, 0] and code["host"].tolist() == [1, 1, 1] and set(code["tag"]) == {1}
+    assert code["section"].tolist() == [5, 5, 0] and code["host"].tolist() == [0, 0, 1] and set(code["tag"]) == {1}
     assert made.regions["config.pcu"]["tag"].tolist() == [4] and built.records["config.pcu"]["tag"].tolist() == [3]
     assert made.regions["args"].tolist() == [(0, 128), (3, 64)]
     again = segment(built, index=6, load=False, tag="once more", tags=tags)
@@ -159,7 +156,8 @@ def test_scalar_streams_and_multicasts_have_flows_of_their_own():
         (lambda s: (s.pcu("u"), s.pcu("v"), s.stream("u", "v"), s.stream("u", "v")), "its vector output is in use"),
         (lambda s: (s.pcu("u"), s.pcu("v"), s.stream("u", ("v", 4)), s.build()), "vector input 4 of v"),
         (lambda s: (s.pmu("u"), s.token("u", 0, "u.read", 0)), "token at u: a PMU has sides, u.write and u.read"),
-        (lambda s: (s.pcu("u"), s.token("u.write", 0, "u", 0)), "token at u.write: there is no such unit"),
+        (lambda s: (s.pcu("u"), s.token("u.write", 0, "u", 0)), "token at u.write: a PMU has sides"),
+        (lambda s: (s.pcu("u"), s.token("v", 0, "u", 0)), "token at v: there is no such unit"),
         (lambda s: (s.pcu("u"), s.token("u", 4, "u", 0)), "token at u: control ports are 0..3, not 4"),
         (lambda s: (s.pcu("u"), s.token("u", 0, "u", 0), s.token("u", 1, "u", 0)), "control input 0 is in use"),
         (lambda s: (s.pcu("u"), s.build(at={"u": (1, 0)})), "unit u: there is no pcu at 1,0"),
