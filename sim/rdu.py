@@ -75,8 +75,11 @@ def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
     counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)
     for chain, link, network, hops in kernel.routes:
         counters[chain, _COUNTER[f"{arch.NETWORKS[network]}_hops"]] += m.link[link, state.PUSHES] * hops
-    for row in m.pcu:
-        counters[row[state.UNIT], _COUNTER["iterations"]] = m.chain[row[state.UNIT], state.STEPS]
+    for row, (operations, macs) in zip(m.pcu, kernel.work, strict=True):
+        steps = m.chain[row[state.UNIT], state.STEPS]
+        counters[row[state.UNIT], _COUNTER["iterations"]] = steps
+        counters[row[state.UNIT], _COUNTER["lane_ops"]] = steps * operations
+        counters[row[state.UNIT], _COUNTER["macs"]] = steps * macs
     for row in m.pmu:
         write, read = row[state.SIDE], row[state.SIDE + 1]
         counters[write, _COUNTER["words_written"]] = row[state.MOVED]

@@ -31,7 +31,8 @@ Columns = dict[str, list[int]]
 class Kernel:
     """What a kernel's execution runs on.
 
-    `units` are the names of the chains' units and `tags` their tags. `routes` are for each source of packets
+    `units` are the names of the chains' units and `tags` their tags. `work` are for each PCU the lane operations (of
+    stages that do not just pass a word on, and of accumulation) and the multiply-accumulates of an iteration. `routes` are for each source of packets
     (chain, link, network, links of its tree), `tiers` the memories of the AGCUs. `waits` are for each token queue its
     unit and the one that signals. `own` says whether no switch table but the given records' was looked up.
     """
@@ -40,6 +41,7 @@ class Kernel:
     bits: int  # of a bank's number
     units: tuple[str, ...]
     tags: tuple[int, ...]
+    work: tuple[tuple[int, int], ...]
     routes: tuple[tuple[int, int, int, int], ...]
     tiers: tuple[int, ...]
     waits: tuple[tuple[str, str], ...]
@@ -64,6 +66,7 @@ class _Builder:
         self.units: list[str] = []
         self.tags: list[int] = []
         self.tiers: list[int] = []
+        self.work: list[tuple[int, int]] = []
         self.holds: dict[tuple[int, int], int] = {}  # tokens at the start, by chain and input
         self.waits: list[tuple[str, str]] = []
         self.chain_of: dict[str, int] = {}
@@ -142,6 +145,12 @@ class _Builder:
 
     def _pcus(self) -> None:
         p = self.p
+        stages, which = self._rows(arch.CONFIG_STAGE)
+        working: dict[tuple[int, int], int] = {}  # stages, by place
+        for i in which:
+            if stages["operation"][i] != arch.STAGE_OPS.index("pass"):
+                at = stages["x"][i], stages["y"][i]
+                working[at] = working.get(at, 0) + 1
         r, rows = self._rows(arch.CONFIG_PCU)
         for i in rows:
             x, y, mode = r["x"][i], r["y"][i], r["mode"][i]
@@ -179,6 +188,8 @@ class _Builder:
             row[e.RING : e.RING + 4] = self._ring(row[e.LATENCY] + 1)
             row[e.ARRAY : e.ARRAY + 4] = self._ring(row[e.FILL] + 1 if systolic else 1)
             self.pcu.append(row)
+            operations = p.lanes * (working.get((x, y), 0) + folds)
+            self.work.append((0, p.lanes * p.stages) if systolic else (operations, 0))
             inputs = [
                 (network, n, r[f"{kind}{n}_level"][i])
                 for network, (kind, count) in enumerate(
@@ -427,6 +438,7 @@ class _Builder:
             p.banks.bit_length() - 1,
             tuple(self.units),
             tuple(self.tags),
+            tuple(self.work),
             tuple(
                 (chain, net.link[route.link], route.network, route.links)
                 for (_, chain), route in zip(self.senders, ways.routes, strict=True)

@@ -365,7 +365,7 @@ def pcu_tick(m, i, t):
                 acts = True
             else:
                 full = True
-                room = max(room, other) if room > t else other
+                room = min(room, other) if room > t else other
         if full:
             row[FROZEN] = t
         else:

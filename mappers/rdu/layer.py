@@ -25,6 +25,8 @@ __all__ = ["LOWEST", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached"
 
 LOWEST = -1e30
 """What the score of a masked key is."""
+MEETING = 64
+"""Streams of results that meet at one buffer, where their weights allow so few."""
 UNITS = float(1 << 23)
 """A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
 GELU_CUBIC = 0.044715
@@ -796,7 +798,10 @@ class Vectors:
         while depth // parts * lanes > line.capacity or depth % parts:
             parts += 1
         each = max(1, min(strips, min(self.words, line.capacity) // (depth // parts * lanes)))
-        units = ceil_div(strips, each)
+        # Their results meet at one buffer.
+        units = min(ceil_div(strips, each), MEETING)
+        while depth // parts * lanes * ceil_div(strips, units) > line.capacity:
+            units += 1
         each = ceil_div(strips, units)
         biased = _biased(self.model, name)
         sums = []

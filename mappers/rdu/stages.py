@@ -25,6 +25,8 @@ from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOK
 __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column", "stage"]
 
 BF16_BYTES = 2
+LEAST = Fraction(1, 48)
+"""Rate that the rarest stream is given to route it by."""
 _RING = 1 << ADDRESS_BITS
 
 
@@ -659,18 +661,20 @@ class Pipeline:
         most = max(self.work.values(), default=0)
         return most, [name for name, n in self.work.items() if n == most]
 
-    def into(self, section: Any) -> None:
+    def into(self, section: Any, ticks: int = 0) -> None:
         """Give everything to a section builder (`mappers.rdu.section.Section`).
 
-        Streams that rest (weights, say, which wait for the rows) claim whole links, so that none is behind them.
+        Streams that rest (weights, say, which wait for the rows) claim whole links, so that none is behind them; the
+        others have the rates that `ticks` for all of them give, if that is more than the busiest unit's iterations.
         """
         self.close()
-        most, _ = self.interval()
+        most = max(ticks, self.interval()[0])
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=u.tag, **fields)
         for source, sinks in self.sinks.items():
-            rate = min(Fraction(1), Fraction(max(1, self.packets(source)), max(1, most)))
+            # However rare a stream is, it counts beside one that claims the link.
+            rate = min(Fraction(1), max(LEAST, Fraction(self.packets(source), max(1, most))))
             if source in self.resting:
                 rate = Fraction(1)
             section.stream(source, *sinks, network=self.networks[source], rate=rate)
@@ -685,11 +689,10 @@ class Pipeline:
         """
         p = self.p
         wide = max((len(units) for units in self.rows.values()), default=0)
-        width = 2 * wide + 2
-        across = p.columns // width if wide else 0
-        if not across or len(self.rows) > across * p.rows:
+        used = ceil_div(len(self.rows), p.rows)  # columns of such units
+        if not used or used * 2 * wide >= p.columns:
             return {}
-        pitch = p.columns // across
+        pitch = (p.columns - 1) // used // 2 * 2
         out = {}
         for i, (weight, units) in enumerate(self.rows.items()):
             x, y = i // p.rows * pitch, i % p.rows

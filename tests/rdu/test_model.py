@@ -415,6 +415,17 @@ def test_a_special_function_takes_its_latency():
     assert ticks(gated=1, gate=1) - ticks() == 1
 
 
+def test_work_follows_from_iterations():
+    # 8 iterations of 4 lanes, both stages at work; 6 of an array of 4 x 2.
+    p = small()
+    totals = [
+        execute(p, section()).counters.sum(axis=0)
+        for section in (test_top.stream_section, test_top.gemm_section)
+    ]
+    lane_ops, macs = (rdu.COUNTERS.index(name) for name in ("lane_ops", "macs"))
+    assert [(t[lane_ops], t[macs]) for t in totals] == [(8 * 4 * 2, 0), (0, test_top.K * 4 * 2)]
+
+
 def test_a_copy_ends_as_its_rule_says():
     # Beats of 2 lines, one in 3 ticks, ddr answers after 9: 5 lines are 3 beats, at 0, 3 and 6; idle after 6 + 9 + 2.
     p = small()
