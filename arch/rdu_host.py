@@ -47,7 +47,7 @@ REGISTERS = (
     *(f"{what}_{tier}" for tier in TIERS for what in ("p", "q", "latency")),
     *("copy_p", "copy_q"),
 )
-DERIVED = ("lane_ops", "macs")  # from iterations and the configuration, by `arch.rdu.work`
+DERIVED = ("lane_ops", "macs")  # from iterations and the configuration
 COUNTED = tuple(name for name in COUNTERS if name not in DERIVED)  # by the RTL
 
 

@@ -493,7 +493,9 @@ class Machine:
     def _network(self, order: Order) -> None:
         """Execute the loaded section."""
         processes = self._processes()
-        ranks = [[p for p in processes[:: -1 if order.back else 1] if p.role in roles] for roles in order.roles]
+        ranks = [
+            [p for p in processes[:: -1 if order.back else 1] if p.role in roles] for roles in order.roles
+        ]
         at = 0
         while at < len(ranks):
             at = 0 if sum(p.step(order.few) for p in ranks[at]) else at + 1

@@ -798,11 +798,9 @@ class Vectors:
         while depth // parts * lanes > line.capacity or depth % parts:
             parts += 1
         each = max(1, min(strips, min(self.words, line.capacity) // (depth // parts * lanes)))
-        # Their results meet at one buffer.
-        units = min(ceil_div(strips, each), MEETING)
-        while depth // parts * lanes * ceil_div(strips, units) > line.capacity:
-            units += 1
-        each = ceil_div(strips, units)
+        each = max(each, ceil_div(strips, MEETING))  # their results meet at one buffer
+        each = min(each, max(1, line.capacity // (depth // parts * lanes)))
+        units = ceil_div(strips, each)
         biased = _biased(self.model, name)
         sums = []
         for i in range(parts):

@@ -213,6 +213,7 @@ class Pipeline:
                 for unit in self.filled:
                     self.wire(source, f"{unit}.read", hold)
         self.starts.clear()
+        self.bundles.clear()
         self.loads.clear()
 
     def _joined(self, name: str, tag: str, needs: list[tuple[str, int]], most: int, times: int) -> list[tuple[str, int]]:
@@ -669,6 +670,7 @@ class Pipeline:
         """
         self.close()
         most = max(ticks, self.interval()[0])
+        early = set(self.filled)  # their loads are over before anything rests, and share links with all
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=u.tag, **fields)
@@ -677,6 +679,8 @@ class Pipeline:
             rate = min(Fraction(1), max(LEAST, Fraction(self.packets(source), max(1, most))))
             if source in self.resting:
                 rate = Fraction(1)
+            elif all(unit in early for unit, _ in sinks):
+                rate = Fraction(1, 1 << 20)
             section.stream(source, *sinks, network=self.networks[source], rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)

@@ -47,8 +47,6 @@ class TokenNetwork(wiring.Component):
 
     def __init__(self, *, params: RduParams):
         p = self._params = params
-        if p.columns < 2 and p.agcus_per_side:
-            raise ValueError("columns must be at least 2: an AGCU is named by its switch, and each has one")
         self._units = {
             (x, y): TOKENS if is_pcu(x, y) else 2 * TOKENS for y in range(p.rows) for x in range(p.columns)
         }

@@ -20,7 +20,14 @@ LINE = 4 * LANES
 
 def spec_of(*sets):
     """Plasticine on a grid of 3 x 3 with two AGCUs a side: 5 PCUs, 4 PMUs of 4 banks and 256 words, lines of 16 bytes."""
-    sizes = ["grid.columns=3", "grid.rows=3", "agcu.per_side=2", "pcu.lanes=4", "pmu.bytes=1024", "pmu.banks=4"]
+    sizes = [
+        "grid.columns=3",
+        "grid.rows=3",
+        "agcu.per_side=2",
+        "pcu.lanes=4",
+        "pmu.bytes=1024",
+        "pmu.banks=4",
+    ]
     sizes += ["memory.ddr.channels=16", "memory.ddr.bytes=4096", "memory.hbm.bytes=4096", "pcu.registers=8"]
     sizes += ["pcu.stages=2", "pcu.systolic=true", "pcu.exp_terms=2", *sets]
     return specs.build(rdu.RduSpec, specs.apply_sets(specs.load_tree("plasticine", ["rdu"]), sizes), "small")
@@ -53,7 +60,8 @@ def memory(image, first, count, tier="ddr", dtype="<f4"):
 
 def load(s, name="load", lines=4, **fields):
     return s.agcu(
-        name, **{"direction": "load", "tier": "ddr", "words": LANES, "count0": lines, "stride0": LINE, **fields}
+        name,
+        **{"direction": "load", "tier": "ddr", "words": LANES, "count0": lines, "stride0": LINE, **fields},
     )
 
 
@@ -92,8 +100,14 @@ def test_a_tile_is_transposed_in_a_scratchpad():
     """Rows of a 4 x 4 tile are written, its columns read; of two tiles the second is written into the other half."""
     s = Section(P)
     load(s, lines=8)
-    chain = {f"{side}_{k}": v for side in ("write", "read") for k, v in (("count0", 4), ("count1", 2), ("stride1", 128))}
-    s.pmu("t", enable=3, **chain, write_stride0=4, read_stride0=1, read_lane_stride=4, skew_bits=2, skew_shift=2)
+    chain = {
+        f"{side}_{k}": v
+        for side in ("write", "read")
+        for k, v in (("count0", 4), ("count1", 2), ("stride1", 128))
+    }
+    s.pmu(
+        "t", enable=3, **chain, write_stride0=4, read_stride0=1, read_lane_stride=4, skew_bits=2, skew_shift=2
+    )
     s.double_buffer("t", write_level=1, read_level=1)
     store(s, lines=8)
     s.stream("load", "t")
@@ -138,7 +152,9 @@ def test_scalars_go_beside_vectors():
     s.stream("rest", "store")
     out = run(s, {0: 0, 1: 512})
     lines = FLOATS[:16].reshape(4, 4)
-    np.testing.assert_array_equal(memory(out, 512, 16), (lines - lines.sum(axis=1, keepdims=True)).reshape(-1))
+    np.testing.assert_array_equal(
+        memory(out, 512, 16), (lines - lines.sum(axis=1, keepdims=True)).reshape(-1)
+    )
 
 
 def test_sequence_ids_order_what_comes_from_many():
@@ -261,7 +277,12 @@ def test_a_race_that_only_a_scratchpad_shows_is_refused():
     s.pmu("end", enable=1, write_count0=4)  # all packets go to the same words
     for name in ("a", "b"):
         s.stream(name, "end")
-    refused(s, r"pmu@1,0: word 0 of bank 0 depends on which unit is first", {0: 0, 1: LINE * 2}, at={"end": (1, 0)})
+    refused(
+        s,
+        r"pmu@1,0: word 0 of bank 0 depends on which unit is first",
+        {0: 0, 1: LINE * 2},
+        at={"end": (1, 0)},
+    )
 
 
 def test_a_race_for_memory_is_refused():
@@ -274,7 +295,9 @@ def test_a_race_for_memory_is_refused():
 
 
 def test_units_that_wait_for_one_another_are_named():
-    s = buffered(write_wait=1, write_wait_level=7, read_wait=1, read_wait_level=7, write_signal=1, read_signal=1)
+    s = buffered(
+        write_wait=1, write_wait_level=7, read_wait=1, read_wait_level=7, write_signal=1, read_signal=1
+    )
     s.token("b.write", 0, "b.read", 0)
     s.token("b.read", 0, "b.write", 0)
     refused(
@@ -321,11 +344,21 @@ def test_flows_that_lead_nowhere():
     at = {"b": (1, 0), "load": (0, 0), "store": (2, 0)}
     s = buffered()
     s.double_buffer("b", write_level=1, read_level=1)
-    refused(s, "agcu@0: switch 0,0 knows no flow 9 at vector port 3", at=at, change=change(("config.agcu", "flow"), 9))
+    refused(
+        s,
+        "agcu@0: switch 0,0 knows no flow 9 at vector port 3",
+        at=at,
+        change=change(("config.agcu", "flow"), 9),
+    )
     flow = dynamic_flow(0, 0)
     nobody = "agcu@0: nobody takes its packets at vector input 0 of unit 0,0"
     refused(s, nobody, at=at, change=change(("config.agcu", "flow"), flow))
-    refused(s, "pmu.read@1,0: its vector packets leave the mesh at 1,0", at=at, change=change(("config.switch", "out"), 1))
+    refused(
+        s,
+        "pmu.read@1,0: its vector packets leave the mesh at 1,0",
+        at=at,
+        change=change(("config.switch", "out"), 1),
+    )
 
     def circle(records):
         records["config.agcu"]["flow"] = 0
@@ -350,7 +383,11 @@ def test_copies_that_meet_a_kernel_or_themselves():
 
     def program(wait=False, **copy):
         fields = {"source": 1, "target": 1, "lines": 2, "from": 100, "to": 120, **copy}
-        code = [rdu.CODE.make("COPY", **fields), *([rdu.CODE.make("WAIT")] if wait else []), launch.regions["code"]]
+        code = [
+            rdu.CODE.make("COPY", **fields),
+            *([rdu.CODE.make("WAIT")] if wait else []),
+            launch.regions["code"],
+        ]
         return Program(rdu.ISA, [type(launch)({**launch.regions, "code": np.concatenate(code)})], built.tags)
 
     interpret(SPEC, program(), image_of())
@@ -418,7 +455,12 @@ def test_a_pcu_computes_what_its_kernel_says(stages, fields, counts, function, r
     config = kernels.configuration(
         rdu.CONFIG_PCU,
         **{f"count{n}": c for n, c in enumerate(counts)},
-        **{"mode": "simd", "vectors": 3, "vector1_level": level, "result": 0, "round": rounds, "function": function},
+        mode="simd",
+        vectors=3,
+        vector1_level=level,
+        result=0,
+        round=rounds,
+        function=function,
         **fields,
     )
     total = int(np.prod(counts))
@@ -457,9 +499,17 @@ def test_a_scratchpad_holds_what_its_kernels_say(counts, strides, held, scale, s
     total = int(np.prod(counts))
     config = kernels.configuration(
         rdu.CONFIG_PMU,
-        **{"enable": 3, "low": held[0], "words": held[1], "sequence_scale": scale, "sequence_step": 5},
+        enable=3,
+        low=held[0],
+        words=held[1],
+        sequence_scale=scale,
+        sequence_step=5,
         **{f"{side}_count{n}": c for side in ("write", "read") for n, c in enumerate(counts)},
-        **{f"{side}_stride{n}": strides[3 * k + n] for k, side in enumerate(("write", "read")) for n in range(3)},
+        **{
+            f"{side}_stride{n}": strides[3 * k + n]
+            for k, side in enumerate(("write", "read"))
+            for n in range(3)
+        },
     )
     packets = rng.integers(0, 1 << 32, (total, LANES)).astype(np.uint32)
     sequence = rng.integers(0, 9, total)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.rdu.units import simulate, small
+from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import CONFIG_TOKEN, is_pcu
 from tilewright.rtl.rdu.tokens import TokenNetwork, agcu_place
 from tilewright.workloads import rdu_kernels as kernels
@@ -144,6 +145,7 @@ def test_random_wires(pairs, seed, token):
     assert got == sorted(want)
 
 
-def test_a_mesh_of_one_column_has_two_gates_at_one_switch():
-    with pytest.raises(ValueError, match="columns must be at least 2"):
-        TokenNetwork(params=small(grid__columns=1))
+def test_a_mesh_of_one_column_is_refused():
+    # An AGCU is named by its switch, and in one column each would have two.
+    with pytest.raises(UserError, match=r"grid.columns must be greater than or equal to 2, not 1"):
+        small(grid__columns=1)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ STRUCTURES = 5
 PROGRAMS = 25
 _BASE = "plasticine"
 _TRACED = 1 << 10  # operations kept: all that a case has
-_DEPTH = 256  # of the RTL's memories of code, and of records
+_DEPTH = 128  # of the RTL's memories of code, and of records
 _LINES = 256  # of each off-chip memory
 _HALF = 96  # lines: a section reads in one such part and writes in the other; behind them is room for copies
 _TRIES = 60  # sections drawn for one that ends
@@ -51,92 +52,83 @@ Rng = np.random.Generator
 
 # ---- structures ---------------------------------------------------------------------------------------
 
-_Shape = Mapping[str, Any]
-# Two lanes and four; one stage and three; arrays or none; one scalar input, two, none; queues shorter and longer than a
-# credit's way; two dies; both dimension orders; few loads in flight and many; operators of several ticks.
-_SHAPES: tuple[_Shape, ...] = (
-    {"columns": 3, "rows": 3, "lanes": 2, "stages": 2, "fifo_depth": 3, "in_flight": 2, "hop_cycles": 1},
-    {
-        **{"columns": 4, "rows": 3, "lanes": 4, "stages": 3, "systolic": False, "scalar_inputs": 2, "banks": 8},
-        **{"credit_cycles": 2, "dies": 2, "die_hop_cycles": 3, "order": "yx", "counters": 5, "in_flight": 12},
-    },
-    {
-        **{"columns": 3, "rows": 4, "lanes": 4, "stages": 2, "op_latency_cycles": 2, "vector_inputs": 3},
-        **{"fifo_depth": 4, "hop_cycles": 2, "token_cycles": 3, "banks": 2, "copy_lines": 1, "per_side": 3},
-    },
-    {
-        **{"columns": 4, "rows": 4, "lanes": 2, "stages": 1, "registers": 5, "scalar_inputs": 0, "flows": 4},
-        **{"fifo_depth": 1, "banks": 4, "bytes": 512, "exp_terms": 2, "reciprocal_iterations": 0},
-    },
-    {
-        **{"columns": 3, "rows": 3, "lanes": 2, "stages": 3, "systolic": False, "op_latency_cycles": 3},
-        **{"counters": 6, "pmu_counters": 6, "fifo_depth": 2, "vector_inputs": 4, "scalar_inputs": 1, "registers": 8},
-    },
+_Shape = dict[str, str]  # keys of a spec
+
+
+def _keys(text: str) -> _Shape:
+    return dict(key.split("=") for key in text.split())
+
+
+_DEFAULTS = _keys(
+    "grid.columns=3 grid.rows=3 grid.dies=1 pcu.lanes=2 pcu.stages=2 pcu.registers=6 pcu.counters=4 "
+    "pcu.vector_inputs=2 pcu.scalar_inputs=1 pcu.op_latency_cycles=1 pcu.systolic=true pcu.exp_terms=1 "
+    "pcu.reciprocal_iterations=1 pcu.rsqrt_iterations=1 pmu.bytes=1024 pmu.banks=4 pmu.counters=4 "
+    "network.fifo_depth=4 network.hop_cycles=1 network.credit_cycles=1 network.die_hop_cycles=1 "
+    "network.token_cycles=1 network.flows=8 network.order=xy agcu.per_side=2 agcu.counters=3 agcu.in_flight=4 "
+    "memory.hbm.channels=2 node.copy_lines=2"
 )
-_DEFAULTS: _Shape = {
-    **{"columns": 3, "rows": 3, "dies": 1, "lanes": 2, "stages": 2, "registers": 6, "counters": 4},
-    **{"vector_inputs": 2, "scalar_inputs": 1, "op_latency_cycles": 1, "systolic": True, "exp_terms": 1},
-    **{"reciprocal_iterations": 1, "rsqrt_iterations": 1, "bytes": 1024, "banks": 4, "pmu_counters": 4},
-    **{"fifo_depth": 4, "hop_cycles": 1, "credit_cycles": 1, "die_hop_cycles": 1, "token_cycles": 1, "flows": 8},
-    **{"order": "xy", "per_side": 2, "agcu_counters": 3, "in_flight": 4, "channels": 2, "copy_lines": 2},
-}
-_KEYS = {
-    **{name: f"grid.{name}" for name in ("columns", "rows", "dies")},
-    **{
-        name: f"pcu.{name}"
-        for name in ("lanes", "stages", "registers", "counters", "vector_inputs", "scalar_inputs")
-    },
-    **{name: f"pcu.{name}" for name in ("op_latency_cycles", "systolic", "exp_terms")},
-    **{name: f"pcu.{name}" for name in ("reciprocal_iterations", "rsqrt_iterations")},
-    **{"bytes": "pmu.bytes", "banks": "pmu.banks", "pmu_counters": "pmu.counters"},
-    **{name: f"network.{name}" for name in ("fifo_depth", "hop_cycles", "credit_cycles", "die_hop_cycles")},
-    **{name: f"network.{name}" for name in ("token_cycles", "flows", "order")},
-    **{"per_side": "agcu.per_side", "agcu_counters": "agcu.counters", "in_flight": "agcu.in_flight"},
-    **{"channels": "memory.hbm.channels", "copy_lines": "node.copy_lines"},
-}
+# Two lanes and four; one stage to three; arrays or none; one scalar input, two, none; queues shorter and longer than a
+# credit's way; two dies; both dimension orders; few loads in flight and many; operators of several ticks. The last
+# one is small: RTL of its own, as faults need it, is built in little time.
+_SHAPES = (
+    "network.fifo_depth=3 agcu.in_flight=2",
+    "grid.columns=4 grid.dies=2 pcu.lanes=4 pcu.stages=3 pcu.registers=8 pcu.counters=5 pcu.vector_inputs=4 "
+    "pcu.scalar_inputs=2 pcu.systolic=false pmu.banks=8 network.credit_cycles=2 network.die_hop_cycles=3 "
+    "network.order=yx agcu.in_flight=12",
+    "grid.rows=4 pcu.lanes=4 pcu.vector_inputs=3 pcu.op_latency_cycles=2 pmu.banks=2 network.hop_cycles=2 "
+    "network.token_cycles=3 agcu.per_side=3 node.copy_lines=1",
+    "grid.columns=4 grid.rows=4 pcu.stages=1 pcu.registers=5 pcu.scalar_inputs=0 pcu.exp_terms=2 "
+    "pcu.reciprocal_iterations=0 pmu.bytes=512 network.fifo_depth=1 network.flows=4",
+    "pcu.stages=1 pcu.counters=6 pcu.systolic=false pcu.op_latency_cycles=3 pcu.reciprocal_iterations=0 "
+    "pcu.rsqrt_iterations=0 pmu.counters=6 network.fifo_depth=2",
+)
 
 
 def structures(count: int, seed: int) -> list[Structure]:
     """`count` sockets: the fixed list first, then random ones from `seed`."""
-    shapes = list(_SHAPES[:count])
+    shapes = [_keys(text) for text in _SHAPES[:count]]
     rng = np.random.default_rng((seed, 13))
     while len(shapes) < count:
-        lanes, stages = int(rng.choice([2, 4])), int(rng.integers(1, 4))
-        columns = int(rng.integers(3, 5))
-        shapes.append(
-            {
-                **{"columns": columns, "rows": int(rng.integers(3, 5)), "lanes": lanes, "stages": stages},
-                **{"systolic": stages <= lanes and bool(rng.integers(0, 2))},
-                **{"dies": 2 if columns == 4 and rng.integers(0, 2) else 1, "order": str(rng.choice(["xy", "yx"]))},
-                **{"op_latency_cycles": int(rng.integers(1, 4)), "registers": int(rng.integers(5, 9))},
-                **{"banks": int(rng.choice([2, 4, 8])), "fifo_depth": int(rng.integers(1, 6))},
-                **{name: int(rng.integers(1, 4)) for name in ("hop_cycles", "credit_cycles", "die_hop_cycles")},
-                **{"token_cycles": int(rng.integers(1, 4)), "in_flight": int(rng.integers(1, 10))},
-                **{"scalar_inputs": int(rng.integers(0, 2)), "vector_inputs": int(rng.integers(1, 4))},
-                **{"exp_terms": int(rng.integers(1, 3)), "rsqrt_iterations": int(rng.integers(0, 2))},
-                **{"copy_lines": int(rng.integers(1, 4)), "channels": int(rng.integers(1, 4))},
-            }
-        )
-    return [_structure(shape) for shape in shapes]
+        lanes, stages, columns = int(rng.choice([2, 4])), int(rng.integers(1, 4)), int(rng.integers(3, 5))
+        ranges = {
+            "grid.rows": (3, 5),
+            "pcu.op_latency_cycles": (1, 4),
+            "pcu.registers": (5, 9),
+            "pcu.scalar_inputs": (0, 2),
+            "pcu.vector_inputs": (2, 4),
+            "pcu.exp_terms": (1, 3),
+            **{f"network.{name}_cycles": (1, 4) for name in ("hop", "credit", "die_hop", "token")},
+            "network.fifo_depth": (1, 6),
+            "agcu.in_flight": (1, 10),
+            "pcu.rsqrt_iterations": (0, 2),
+            "memory.hbm.channels": (1, 4),
+            "node.copy_lines": (1, 4),
+        }
+        chosen = {
+            "grid.columns": columns,
+            "grid.dies": 2 if columns == 4 and rng.integers(0, 2) else 1,
+            "pcu.lanes": lanes,
+            "pcu.stages": stages,
+            "pcu.systolic": "true" if stages <= lanes and rng.integers(0, 2) else "false",
+            "pmu.banks": rng.choice([2, 4, 8]),
+            "network.order": rng.choice(["xy", "yx"]),
+        }
+        chosen |= {key: rng.integers(*ends) for key, ends in ranges.items()}
+        shapes.append({key: str(value) for key, value in chosen.items()})
+    return [_structure({**_DEFAULTS, **shape}) for shape in shapes]
 
 
 def _structure(shape: _Shape) -> Structure:
-    spec = _build(specs.apply_sets(_base(), [*_shape_sets({**_DEFAULTS, **shape}), "name=small"]), "small")
+    line, channels = 4 * int(shape["pcu.lanes"]), int(shape["memory.hbm.channels"])
+    sets = [f"{key}={value}" for key, value in shape.items()]
+    for tier in ("hbm", "ddr"):
+        sets += [f"memory.{tier}.bytes={_LINES * line}", f"memory.{tier}.efficiency=1"]
+    sets += _timing_sets(channels, line, [Fraction(1)] * 4, [3, 5, 4], [0, 0, 0, 0])
+    spec = _build(specs.apply_sets(_base(), [*sets, "name=small"]), "small")
     g, c = spec.grid, spec.pcu
     body = "arrays" if c.systolic else "pipelines"
     network = f"queues of {spec.network.fifo_depth}, {spec.agcu.in_flight} loads"
     return Structure(f"{g.columns} x {g.rows}, {body} of {c.lanes} x {c.stages}, {network}", spec)
-
-
-def _shape_sets(shape: _Shape) -> list[str]:
-    line = 4 * shape["lanes"]
-    sets = [
-        f"{_KEYS[name]}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in shape.items()
-    ]
-    for tier in ("hbm", "ddr"):
-        sets += [f"memory.{tier}.bytes={_LINES * line}", f"memory.{tier}.efficiency=1"]
-    return sets + _timing_sets(shape["channels"], line, [Fraction(1)] * 4, [3, 5, 4], [0, 0, 0, 0])
 
 
 def _timing_sets(
@@ -167,7 +159,9 @@ def _timed(spec: arch.RduSpec, rng: Rng, number: int) -> arch.RduSpec:
     line = spec.line_bytes
     sets = _timing_sets(spec.memory.hbm.channels, line, rates, latencies, launches)
     beat = spec.node.copy_lines * line
-    return _build(specs.apply_sets(_tree(spec), [*sets, f"node.ddr_to_hbm_gb_per_s={rates[3] * beat}"]), "small")
+    return _build(
+        specs.apply_sets(_tree(spec), [*sets, f"node.ddr_to_hbm_gb_per_s={rates[3] * beat}"]), "small"
+    )
 
 
 @cache
@@ -187,28 +181,22 @@ def _tree(spec: arch.RduSpec) -> specs.Tree:
 
 def scaled(spec: arch.RduSpec) -> tuple[Structure, list[str]]:
     """The spec with at most 4 x 4 positions of 4 lanes and 3 stages, and little memory; rates and latencies stay."""
-    g, c, m, a, n = spec.grid, spec.pcu, spec.pmu, spec.agcu, spec.network
-    p = spec.params()
-    most = {
-        **{"columns": 4, "rows": 4, "lanes": 4, "stages": 3, "banks": 8, "bytes": 1024, "per_side": 2},
-        **{"registers": 8, "flows": 8, "exp_terms": 2, "op_latency_cycles": 16, "in_flight": 64},
-    }
-    now = {
-        **{"columns": g.columns, "rows": g.rows, "lanes": c.lanes, "stages": c.stages, "banks": m.banks},
-        **{"bytes": m.bytes, "per_side": a.per_side, "registers": c.registers, "flows": n.flows},
-        **{"exp_terms": c.exp_terms, "op_latency_cycles": c.op_latency_cycles, "in_flight": a.in_flight},
-    }
-    new = {name: min(value, most[name]) for name, value in now.items()}
-    if new["columns"] % g.dies:
-        new["columns"] += g.dies - new["columns"] % g.dies
-    if new["registers"] < min(INPUTS + c.scalar_inputs, c.registers):
-        new["registers"] = min(INPUTS + c.scalar_inputs, c.registers)
-    smaller = [f"{name} {now[name]} to {value}" for name, value in new.items() if now[name] != value]
-    lines = _LINES * 4 * new["lanes"]
-    sets = [f"{_KEYS[name]}={value}" for name, value in new.items()]
-    sets += [f"memory.{tier}.bytes={lines}" for tier in ("hbm", "ddr")]
-    sets += [f"memory.{tier}.efficiency=1" for tier in ("hbm", "ddr")]
-    line = 4 * new["lanes"]
+    g, c, p = spec.grid, spec.pcu, spec.params()
+    most = _keys(
+        "grid.columns=4 grid.rows=4 pcu.lanes=4 pcu.stages=3 pcu.registers=8 pcu.exp_terms=2 pmu.banks=8 "
+        "pmu.bytes=1024 network.flows=8 agcu.per_side=2 agcu.in_flight=64"
+    )
+    now = {key: int(value) for key, value in spec.leaves() if key in most}
+    new = {key: min(value, int(most[key])) for key, value in now.items()}
+    new["grid.columns"] += -new["grid.columns"] % g.dies
+    new["pcu.registers"] = max(new["pcu.registers"], min(INPUTS + c.scalar_inputs, c.registers))
+    smaller = [
+        f"{key.split('.')[1]} {now[key]} to {value}" for key, value in new.items() if now[key] != value
+    ]
+    line = 4 * new["pcu.lanes"]
+    sets = [f"{key}={value}" for key, value in new.items()]
+    for tier in ("hbm", "ddr"):
+        sets += [f"memory.{tier}.bytes={_LINES * line}", f"memory.{tier}.efficiency=1"]
     tiers = ("memory.hbm.gb_per_s", "memory.ddr.gb_per_s", "node.p2p_gb_per_s")
     per_byte = 10**9 * spec.tick.period_s
     for key, rate, channels in zip(tiers, spec.line_rates, p.channels.tolist(), strict=True):
@@ -297,7 +285,9 @@ class _Draft:
         """Fields of what leaves."""
         sequence = self.pick((0, 1), (0, 1), (7, 3), (65535, 1))
         return {
-            **{"sequence": sequence[0], "sequence_step": sequence[1], "last_level": self.pick(0, 1, 2, 7)},
+            "sequence": sequence[0],
+            "sequence_step": sequence[1],
+            "last_level": self.pick(0, 1, 2, 7),
             "tag": self.pick(*self.tags),
         }
 
@@ -328,10 +318,16 @@ class _Draft:
             first = self.begins[tier]
             self.begins[tier] += size + slack
         else:
-            first = self.reads_at + self.line * int(self.rng.integers(0, _HALF - (size + slack) // self.line + 1))
+            first = self.reads_at + self.line * int(
+                self.rng.integers(0, _HALF - (size + slack) // self.line + 1)
+            )
         self.args[index], self.moves[index], self.grains[index] = first + below, slack, grain
         given = {
-            **{"direction": direction, "tier": tier, "argument": index, "words": words, "format": how},
+            "direction": direction,
+            "tier": tier,
+            "argument": index,
+            "words": words,
+            "format": how,
             **{f"stride{n}": s for n, s in enumerate(strides)},
             **_counts(values),
             **self.throttle(),
@@ -387,7 +383,9 @@ class _Draft:
         out, left = {f"{prefix}lane_stride": lane}, room - 1 - lane * (self.p.lanes - 1)
         for n, count in enumerate(values):
             most = left // (count - 1) if count > 1 else 0
-            stride = min(most, self.pick(self.p.lanes, self.p.lanes, 1, 3, 2 * self.p.lanes, self.p.banks, most))
+            stride = min(
+                most, self.pick(self.p.lanes, self.p.lanes, 1, 3, 2 * self.p.lanes, self.p.banks, most)
+            )
             out[f"{prefix}stride{n}"] = stride
             left -= stride * (count - 1)
         return out
@@ -397,7 +395,9 @@ class _Draft:
         name, values = self.take("pmu"), _split(self.rng, self.total, self.p.pmu_counters)
         held = self.pick(self.words, self.words, self.words // 2)
         given = {
-            **{"enable": 2, "low": self.pick(0, 0, 5), "words": held},
+            "enable": 2,
+            "low": self.pick(0, 0, 5),
+            "words": held,
             **_counts(values, "read_"),
             **self.pattern("read_", values, self.words),
             **self.throttle("read_"),
@@ -425,10 +425,12 @@ class _Draft:
         """A scratchpad that keeps what comes."""
         name, values = self.take("pmu"), _split(self.rng, stream.packets, self.p.pmu_counters)
         given = {
-            **{"enable": 1, "write_base": self.pick(0, 0, 9, (1 << 24) - 5), "words": self.pick(self.words, 11)},
+            "enable": 1,
+            "write_base": self.pick(0, 0, 9, (1 << 24) - 5),
+            "words": self.pick(self.words, 11),
             **_counts(values, "write_"),
             **self.pattern("write_", values, self.words),
-            **{"sequence_scale": self.pick(0, 0, 1, 3)},
+            "sequence_scale": self.pick(0, 0, 1, 3),
             **self.throttle("write_"),
             **self.bank_bits(),
             **self.common(),
@@ -460,7 +462,11 @@ class _Draft:
                 given |= {f"{prefix}{key}": value for key, value in fields.items()}
             given |= {"skew_bits": p.banks.bit_length() - 1, "skew_shift": pitch.bit_length() - 1}
         else:
-            given |= {**self.pattern("write_", write, room), **self.pattern("read_", read, room), **self.bank_bits()}
+            given |= {
+                **self.pattern("write_", write, room),
+                **self.pattern("read_", read, room),
+                **self.bank_bits(),
+            }
         for prefix, values in (("write_", write), ("read_", read)):
             given |= _counts([*values, *turns], prefix)
             given |= {f"{prefix}stride{inner}": room, **self.throttle(prefix)}
@@ -506,7 +512,10 @@ class _Draft:
         again = _split(self.rng, self.pick(first, 3), p.pmu_counters)
         self.section.pmu(
             target,
-            **{"enable": 3, "write_count0": first, "sequence_scale": scale, "write_lane_stride": 1},
+            enable=3,
+            write_count0=first,
+            sequence_scale=scale,
+            write_lane_stride=1,
             **_counts(again, "read_"),
             **self.pattern("read_", again, self.words),
             **self.bank_bits(),
@@ -529,7 +538,7 @@ class _Draft:
         inputs = {"vector": [], "scalar": []}  # type: dict[str, list[tuple[_Stream, int]]]
         inputs[stream.network].append((stream, events.index(stream.packets)))
         others = [s for s in self.streams if s is not stream and s.packets in events]
-        array = p.systolic and vector and self.chance(0.6) and repeat == 1
+        array = p.systolic and vector and self.chance(0.8) and repeat == 1
         pairs = [s for s in others if s.network == "vector" and s.packets == total]
         array = array and bool(pairs) and p.vector_inputs > 1
         if array:
@@ -553,6 +562,7 @@ class _Draft:
         level = int(self.rng.integers(0, p.counters + 1))
         packets = total
         if array:
+            level = self.pick(0, 1, level)
             fields |= {"fold": self.pick("none", "add"), "fold_level": level}
             packets = events[level] * p.stages
         elif self.chance(0.35):
@@ -580,13 +590,18 @@ class _Draft:
             "operation": self.pick(*arch.STAGE_OPS[1:], *arch.STAGE_OPS),
             "type": self.pick(*arch.TYPES),
             "c": int(self.rng.integers(0, registers)),
-            "constant": self.pick(1, 3, 0x3F800000, 0xC0200000, 0x00FF00FF, int(self.rng.integers(0, 1 << 32))),
+            "constant": self.pick(
+                1, 3, 0x3F800000, 0xC0200000, 0x00FF00FF, int(self.rng.integers(0, 1 << 32))
+            ),
             "to": self.pick(result, result, int(self.rng.integers(0, registers))),
         }
         for operand in "ab":
             kind = self.pick("register", "register", "register", *arch.OPERANDS)
             most = {"register": registers, "counter": self.p.counters}.get(kind, 1)
-            out |= {f"{operand}_from": kind, operand: int(self.rng.integers(0, most)) if self.chance(0.6) else 0}
+            out |= {
+                f"{operand}_from": kind,
+                operand: int(self.rng.integers(0, most)) if self.chance(0.6) else 0,
+            }
         return out
 
     def swallow(self, stream: _Stream) -> None:
@@ -639,7 +654,9 @@ class _Draft:
         for stream in (*self.done, *self.streams):
             if stream.sinks:
                 rate = Fraction(1, self.pick(1, 2, 4))
-                self.section.stream(stream.unit, *dict.fromkeys(stream.sinks), network=stream.network, rate=rate)
+                self.section.stream(
+                    stream.unit, *dict.fromkeys(stream.sinks), network=stream.network, rate=rate
+                )
         self.wait_for_ends()
 
     def end(self, stream: _Stream) -> None:
@@ -693,7 +710,9 @@ def _dynamic(built: Built, rng: Rng) -> Built:
         region = f"config.{source.kind}"
         records = built.records[region]
         if source.kind == "agcu":
-            mine = records["agcu"] == built.fabric.sites_of("agcu").index(built.placement.sites[r.stream.source])
+            mine = records["agcu"] == built.fabric.sites_of("agcu").index(
+                built.placement.sites[r.stream.source]
+            )
         else:
             mine = (records["x"] == source.x) & (records["y"] == source.y)
         name = "flow" if r.stream.network == "vector" else "scalar_flow"
@@ -809,7 +828,18 @@ def case(structure: Structure, number: int, seed: Sequence[int]) -> Case:
 
 # ---- images -------------------------------------------------------------------------------------------
 
-_SPECIAL = (0, 1, 0x007FFFFF, 0x00800000, 0x3F800000, 0x3F808000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001)
+_SPECIAL = (
+    0,
+    1,
+    0x007FFFFF,
+    0x00800000,
+    0x3F800000,
+    0x3F808000,
+    0x7F7FFFFF,
+    0x7F800000,
+    0x7FC00000,
+    0x7F800001,
+)
 
 
 def _numbers(count: int, kind: int, rng: Rng) -> np.ndarray:
@@ -830,10 +860,9 @@ def image(spec: arch.RduSpec, seed: int) -> dict[str, np.ndarray]:
     """A memory image; the seed's remainder by 3 is the kind of its numbers."""
     rng = np.random.default_rng(seed)
     out = meaning.blank_image(spec.params())
-    for name, array in out.items():
+    for array in out.values():
         words = array.reshape(-1).view(np.uint32)
         words[...] = _numbers(words.size, seed % 3, rng)
-        assert np.shares_memory(words, out[name])
     return out
 
 
@@ -917,10 +946,29 @@ COVERAGE = (
     *("function of an array", "gated", "rounded", "fold of several iterations", "input held for a loop"),
     *("scalar stream", "both outputs", "multicast", "several hops", "dynamic flow", "contention at a switch"),
     *("many to one", "one buffer", "two buffers", "three buffers", "diagonal stripes", "bank bits apart"),
-    *("bank conflict", "dropped words", "dropped vectors", "range over two PMUs", "sequence id in the address"),
+    *(
+        "bank conflict",
+        "dropped words",
+        "dropped vectors",
+        "range over two PMUs",
+        "sequence id in the address",
+    ),
     *("credits to a load", "load behind a store", "unit behind another"),
-    *("lines coalesced", "line of few words", "backward stride", "in_flight limit", "shared channel", "rate below 1"),
-    *("latency 1", "launch by the host", "launch by the hardware", "launch without a tick", "kernel without a load"),
+    *(
+        "lines coalesced",
+        "line of few words",
+        "backward stride",
+        "in_flight limit",
+        "shared channel",
+        "rate below 1",
+    ),
+    *(
+        "latency 1",
+        "launch by the host",
+        "launch by the hardware",
+        "launch without a tick",
+        "kernel without a load",
+    ),
     *("other arguments", "several sections", "segment repeated", "not_before waits", "not_before past"),
     *("copy alongside a kernel", "copy of no line", "copy waits for a copy", "empty program"),
     *(f"result {kind}" for kind in ("nan", "infinity", "subnormal", "zero", "normal")),
@@ -1022,7 +1070,7 @@ def _count_memories(p: RduParams, regions: Mapping[str, np.ndarray]) -> Counter[
         strides = [a[f"stride{n}"] for n in range(LEVELS)]
         at = [sum(c * s for c, s in zip(it.counters, strides, strict=True)) for it in counters]
         lines = [x // (4 * p.lanes) for x in at]
-        joined = sum(x == y for x, y in zip(lines, lines[1:], strict=False))
+        joined = sum(x == y for x, y in pairwise(lines))
         out["lines coalesced"] += joined
         out["line of few words"] += a["words"] < p.lanes
         out["backward stride"] += any(s < 0 < c - 1 for s, c in zip(strides, _loops(a), strict=True))
@@ -1070,7 +1118,9 @@ def _count_code(observed: Observed) -> Counter[str]:
             copy_ends = end
     for s in observed.program.segments:
         ops = s.regions["code"]["op"].tolist()
-        out["kernel without a load"] += arch.OP["PROGRAM_LOAD"] not in ops or ops.count(arch.OP["KERNEL_EXECUTE"]) > 1
+        out["kernel without a load"] += (
+            arch.OP["PROGRAM_LOAD"] not in ops or ops.count(arch.OP["KERNEL_EXECUTE"]) > 1
+        )
     return out
 
 
