@@ -34,6 +34,7 @@ _ARRIVAL, _LAUNCH, _MEMORY, _PIPELINE, _IDLE = (
     arch.CAUSE[name] for name in ("arrival", "launch", "memory", "pipeline", "idle")
 )
 _COUNTER = {name: i for i, name in enumerate(arch.COUNTERS)}
+HOPS = ("vector_hops", "scalar_hops")
 
 
 @dataclass(frozen=True)
@@ -304,10 +305,11 @@ def simulate(
     run.unit("dma")[-1, _IDLE] += run.now - run.dma_idle
     # Outside its kernels a unit has nothing to do; in those of sections that it is not part of, neither.
     units = tuple(sorted((u for r in regions for u in _configured(r)), key=_order(p)))
-    units = (*dict.fromkeys(units), "sequencer", "dma")
-    for unit in units[:-2]:
+    units = ("sequencer", "dma", *dict.fromkeys(units))
+    for unit in units[2:]:
         run.unit(unit)[:] += run.outside
         run.unit(unit)[-1, _IDLE] += inside - ran.get(unit, 0)
+    activity = np.stack([run.unit(unit) for unit in units], axis=1)
     return Timeline(
         ticks=run.now,
         tags=[*program.tags, *(f"tag {i}" for i in range(len(program.tags), n_tags))],
@@ -316,9 +318,10 @@ def simulate(
         counters=run.counters,
         units=units,
         causes=arch.CAUSES,
-        activity=np.stack([run.unit(unit) for unit in units], axis=1),
+        activity=activity,
         labels=[segment.label for segment in segments],
-        events=int(run.counters[:, : _COUNTER["copied_lines"]].sum()),
+        # Iterations of units, and packets by link.
+        events=int(activity[:, :, _BUSY].sum() + run.counters[:, [_COUNTER[name] for name in HOPS]].sum()),
         log=_log(logs) if trace else None,
         waiting=("operand", "token", "launch", "arrival", "pipeline", "idle"),
     )

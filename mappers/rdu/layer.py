@@ -200,6 +200,7 @@ class Rows:
             getattr(self, f"_{op.kind}")(op)
         for t in keep:
             self._store(t, self.at[t])
+        self.line.close()
         return self.line
 
     # ---- matrices -----------------------------------------------------------------------------------
@@ -405,10 +406,11 @@ class Rows:
         sources, readers = [], []
         for h in range(s.heads):
             own = h * s.kv_heads // s.heads
+            mine = sum(i * s.kv_heads // s.heads == own for i in range(h)) * line.groups  # its copies
             head = f"{name}.{h}"
             x = line.read(f"{head}.q", name, q, [(dim, 1), (strips, 0)], part=(h, s.heads))
             scores = [
-                line.product(f"{head}.score{k}", name, x, dim, strips, [keys[own][k]], width, rounded=False)
+                line.product(f"{head}.score{k}", name, x, dim, strips, [[n] for n in keys[own][k][mine : mine + line.groups]], width, rounded=False)
                 for k in range(chunks)
             ]
             most = []
@@ -432,7 +434,7 @@ class Rows:
                 )  # fmt: skip
                 sums.append(line.simd(f"{head}.sum{k}", name, [(power, 0)], [], width, fold="add"))
                 x = line.read(f"{head}.p{k}", name, power, [(width, 1), (wide, 0)])
-                out = line.product(f"{head}.value{k}", name, x, width, wide, [values[own][k]], dim, rounded=False)
+                out = line.product(f"{head}.value{k}", name, x, width, wide, [[n] for n in values[own][k][mine : mine + line.groups]], dim, rounded=False)
                 parts.append(out)
             sums = self._total(f"{head}.sum", name, sums)
             inverse = line.simd(
@@ -507,12 +509,13 @@ class Rows:
         out.append({"operation": "select", "type": "int32", "a_from": "constant", "constant": constant(LOWEST), "b": 4, "c": 7, "to": 4})
         return out
 
-    def _cache(self, name: str, width: int) -> tuple[list[list[str]], list[list[str]]]:
+    def _cache(self, name: str, width: int) -> tuple[list[list[list[str]]], list[list[list[str]]]]:
         """Memory units with the keys and the values of each head, by chunk."""
         found = [
             cached(
                 self.line, f"{name}.{what}", name, what, self.share.kv_heads, self.model.head_dim, width, self.tiles.chunks,
                 self.pitch, 0, self.p.stages, self.tiles.cache_gates,
+                self.tiles.groups * ceil_div(self.share.heads, self.share.kv_heads),
             )
             for what in ("keys", "values")
         ]  # fmt: skip
@@ -578,12 +581,13 @@ def _biased(model: ModelConfig, name: str) -> bool:
 
 def cached(
     line: Pipeline, name: str, tag: str, what: str, heads: int, dim: int, width: int, chunks: int, pitch: int,
-    offset: int, strip: int, gates: int,
-) -> list[list[str]]:  # fmt: skip
+    offset: int, strip: int, gates: int, copies: int = 1,
+) -> list[list[list[str]]]:  # fmt: skip
     """Memory units with the "keys" or "values" of heads of `dim` elements: one for each head, and chunk of `width` tokens.
 
     They give strips of `strip` tokens, element after element, or strips of elements, token after token. The cache, whose
-    elements are `pitch` tokens apart, begins at `offset` bytes; `gates` gates to memory load it.
+    elements are `pitch` tokens apart, begins at `offset` bytes; `gates` gates to memory load it. There are `copies` of
+    each unit, one for each that reads it.
     """
     p = line.p
     keys = what == "keys"
@@ -607,6 +611,7 @@ def cached(
         step -= 1
     head_bytes = dim * pitch * BF16_BYTES
     found = []
+    resident = line.blocks > 1
     for h in range(heads):
         if h % step == 0:
             gate = line.gate(
@@ -616,25 +621,26 @@ def cached(
                     (step, head_bytes),
                 ],
             )  # fmt: skip
-        units = []
+        chunk = []
         for k in range(chunks):
             low = (h % step * chunks + k) * size
-            unit = line.unit(
-                f"{name}.{h}.{k}", "pmu", tag, enable=3, low=low, words=size,
-                **line.chain(name, "write_", [*write, (step, chunks * size)]), write_signal_level=LEVELS,
-                **fields, read_base=low, read_wait_level=LEVELS,
-            )  # fmt: skip
-            line.wire(f"{unit}.write", f"{unit}.read")
-            line.feed(gate, unit)
-            if line.blocks > 1:
-                if h % step == 0 and k == 0:
-                    line.loads.append(unit)
-                line.rests(unit)
-            else:
+            units = [f"{name}.{h}.{k}.{copy}" for copy in range(copies)]
+            for unit in units:
+                line.unit(
+                    unit, "pmu", tag, enable=3, low=low, words=size,
+                    **line.chain(name, "write_", [*write, (step, chunks * size)]), write_signal_level=LEVELS,
+                    **fields, read_base=low, read_wait_level=LEVELS,
+                )  # fmt: skip
+                line.wire(f"{unit}.write", f"{unit}.read")
+                line.feed(gate, unit)
+                if resident:
+                    line.rests(unit)
                 line.resting.add(unit)
-            line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
-            units.append(unit)
-        found.append(units)
+                line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
+            if resident and h % step == 0 and k == 0:
+                line.loads.append(units[0])
+            chunk.append(units)
+        found.append(chunk)
     return found
 
 
@@ -701,6 +707,7 @@ class Vectors:
             flow = self.line.read(f"{t}.out", "store", self.at[t], [(self.at[t].columns, 1)])
             self.line.store(f"{t}.store", "store", flow, t)
         self._stream_weights()
+        self.line.close()
         return self.line
 
     def columns(self, tensor: str) -> int:
@@ -872,6 +879,7 @@ class Vectors:
         outs = []
         for h in range(s.heads):
             own = h * s.kv_heads // s.heads
+            mine = sum(i * s.kv_heads // s.heads == own for i in range(h))  # its copy
             head = f"{name}.{h}"
             # The token itself.
             q = line.read(f"{head}.q", name, turned, [(packets, 1)], first=h * packets)
@@ -885,7 +893,7 @@ class Vectors:
             scores = None
             if hidden is not None:
                 x = line.read(f"{head}.query", name, turned, [(dim, 1), (strips, 0)], first=h * dim, words=True)
-                units = [[keys[g][own][c] for c in range(chunks)] for g in range(line.groups)]
+                units = [[keys[g][own][c][mine] for c in range(chunks)] for g in range(line.groups)]
                 raw = line.vector_product(f"{head}.score", name, x, dim, strips, units, rounded=False)
                 r = line.read(f"{head}.scores", name, raw, [(whole, 1)])
                 mask = line.read(f"{head}.mask", name, hidden, [(whole, 1)])
@@ -912,7 +920,7 @@ class Vectors:
                 sums.append(line.simd(f"{head}.sum", name, [(power, 0)], [], whole, fold="add", tree="add"))
                 for c in range(chunks):
                     x = line.read(f"{head}.p{c}", name, power, [(width, 1), (packets, 0)], first=c * width, words=True)
-                    units = [[values[g][own][c]] for g in range(line.groups)]
+                    units = [[values[g][own][c][mine]] for g in range(line.groups)]
                     part = line.vector_product(f"{head}.value{c}", name, x, width, packets, units, rounded=False)
                     parts.append(line.read(f"{head}.part{c}", name, part, [(packets, 1)]))
             inverse = line.simd(
@@ -932,7 +940,7 @@ class Vectors:
             ((),) * line.groups,
         )  # fmt: skip
 
-    def _cache(self, name: str, width: int) -> tuple[list[list[list[str]]], list[list[list[str]]]]:
+    def _cache(self, name: str, width: int) -> tuple[list[list[list[list[str]]]], list[list[list[list[str]]]]]:
         """Memory units with the keys and the values of each sequence and head, by chunk."""
         s, dim = self.share, self.model.head_dim
         found = [
@@ -940,6 +948,7 @@ class Vectors:
                 cached(
                     self.line, f"{name}.{what}{g}", name, what, s.kv_heads, dim, width, self.chunks, self.pitch,
                     g * s.kv_dim * self.pitch * BF16_BYTES, self.p.lanes, self.cache_gates,
+                    ceil_div(s.heads, s.kv_heads),
                 )
                 for g in range(self.line.groups)
             ]

@@ -18,6 +18,8 @@ from tilewright.mappers.rdu.stages import Pipeline, ceil_div
 __all__ = ["Choice", "Limits", "cut", "plan_rows", "plan_vectors"]
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
+SLACK = Fraction(21, 20)
+"""Ticks that a smaller section may take, of those of the quickest."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def plan_rows(
     pitch: int, context: int, window: int | None, groups: int | None = None,
 ) -> Choice | None:  # fmt: skip
     """The tiles with which a section over `rows` rows takes the fewest ticks; None if it fits with none."""
-    best: Choice | None = None
+    found: list[Choice] = []
     names = {op.name for op in ops}
     words = p.banks * p.bank_words
     dim = 1 << (share.model.head_dim - 1).bit_length()
@@ -97,21 +99,20 @@ def plan_rows(
         if g > 1 and g > ceil_div(rows, p.lanes):
             break
         least = ceil_div(keys, words // dim // p.lanes * p.lanes) if "attention" in names else 1
-        tried = best
         for chunks in sorted({least + i for i in (0, 1, 2, 4, 6, 8)}) if "attention" in names else (1,):
-            if keys % (chunks * p.lanes):
-                padded = ceil_div(keys, chunks * p.lanes) * chunks * p.lanes
-            else:
-                padded = keys
+            padded = ceil_div(keys, chunks * p.lanes) * chunks * p.lanes
             if padded > pitch:
                 continue
             tiles = Tiles(groups=g, blocks=blocks, units={}, chunks=chunks)
-            found = _fill(p, share, ops, keep, limits, tiles, padded, pitch, context, window)
-            if found is not None and (best is None or found.ticks(p) < best.ticks(p)):
-                best = found
-        if best is tried and best is not None:
-            break
-    return best
+            choice = _fill(p, share, ops, keep, limits, tiles, padded, pitch, context, window)
+            if choice is not None:
+                found.append(choice)
+    if not found:
+        return None
+    # What takes hardly longer with fewer units is easier to place, and to route.
+    least_ticks = min(choice.ticks(p) for choice in found)
+    near = [choice for choice in found if choice.ticks(p) <= least_ticks * SLACK]
+    return min(near, key=lambda choice: (choice.line.count("pcu"), choice.ticks(p)))
 
 
 def _fill(

@@ -248,11 +248,13 @@ class Section:
         moves: int | None = None,
         turns: Turns = "acyclic",
         time_limit_s: float | None = None,
+        remember: bool = True,
     ) -> Built:
         """Place, route, and write the records.
 
         `at` keeps units at the switch (x, y). The result depends on the seed alone unless `time_limit_s` cuts the
-        search short. Raises UserError for what doesn't fit the machine.
+        search short; places and routes are then not kept on disk, nor without `remember`. Raises UserError for what
+        doesn't fit the machine.
         """
         fabric = Fabric.of(self.params)
         netlist = self.netlist()
@@ -270,7 +272,7 @@ class Section:
             return placed, route(netlist, fabric, placed, turns=turns, seconds=half)
 
         known = repr((fabric, netlist, seed, moves, turns, sorted(pinned.items())))
-        placement, routing = find() if half is not None else remembered(known, find)
+        placement, routing = remembered(known, find) if remember and half is None else find()
         records = self._records(fabric, placement, routing)
         return Built(self.name, netlist, fabric, placement, routing, records, self.tags)
 

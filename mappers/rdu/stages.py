@@ -25,6 +25,8 @@ from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOK
 __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column", "stage"]
 
 BF16_BYTES = 2
+EARLY = Fraction(1, 1 << 20)
+"""Rate that is given to what is over before the rest begins."""
 LEAST = Fraction(1, 48)
 """Rate that the rarest stream is given to route it by."""
 _RING = 1 << ADDRESS_BITS
@@ -429,7 +431,7 @@ class Pipeline:
                 if flow.merged:
                     raise ValueError(f"unit {name}: what several units give must be buffered")
                 self.feed(flow.sources[g][0], unit, port[i], flow.network)
-                if at:  # a packet of a block must not be behind those that wait for it
+                if at or len(inputs) > 1:  # what comes early must not stand before what it waits for
                     self.resting.add(flow.sources[g][0])
             # Buffers that are read together begin together.
             together = [
@@ -458,21 +460,22 @@ class Pipeline:
         out = self.simd(f"{name}.spread", tag, [(words, 0)], [], n)
         return replace(out, network="scalar")
 
-    def product(self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[str], columns: int, *, rounded: bool = True) -> Flow:
+    def product(self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[Sequence[str]], columns: int, *, rounded: bool = True) -> Flow:
         """A matrix product on systolic arrays: each unit multiplies the block with `strips` strips of columns.
 
-        `x` is read depth x strips times a block; `weights` are memory units whose streams hold the strips in order,
-        of the columns from `first_column` on.
+        `x` is read depth x strips times a block; `weights[g]` are memory units, one for each unit of group g, whose
+        streams hold the strips in order, of the columns from `first_column` on. (If they were shared by groups, streams
+        to many units would cross, and could wait for one another.)
         """
         c = self.p.stages
         sources = []
         for g in range(self.groups):
             row = []
-            for j, weight in enumerate(weights):
+            for j, weight in enumerate(weights[g]):
                 unit = self.unit(
                     f"{name}.{g}.{j}", "pcu", tag, mode="systolic", vectors=3, round=int(rounded),
                     count0=depth, count1=strips, count2=self.blocks, fold_level=1,
-                    sequence=first_column(j, len(weights), strips * c, columns),
+                    sequence=first_column(j, len(weights[g]), strips * c, columns),
                 )  # fmt: skip
                 self.feed(x.sources[g][0], unit, 0)
                 self.feed(weight, unit, 1)
@@ -521,11 +524,11 @@ class Pipeline:
 
     # ---- what stays for the whole kernel ------------------------------------------------------------
 
-    def resident(self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[str, int, Mapping[str, Any]]]]) -> None:
+    def resident(self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[Sequence[str], int, Mapping[str, Any]]]]) -> None:
         """Memory units that are filled once, from a tensor that holds their contents one after the other.
 
-        `shares[i]` are those that one gate to memory fills: (unit, words, fields of the read side). Each takes its
-        range of the addresses, which count from 0 in each share.
+        `shares[i]` are those that one gate to memory fills: (units with the same contents, words, fields of the read
+        side). Each takes its range of the addresses, which count from 0 in each share.
         """
         lanes = self.p.lanes
         offset = 0
@@ -534,37 +537,41 @@ class Pipeline:
             gate = self.gate(
                 f"{name}.load{i}", tag, "load", "hbm", tensor, offset, [(packets, lanes * BF16_BYTES)]
             )
-            self.loads.append(share[0][0])
+            self.loads.append(share[0][0][0])
             starts = accumulate((ceil_div(words, lanes) * lanes for _, words, _ in share), initial=0)
-            for (unit, words, fields), low in zip(share, starts, strict=False):
+            for (units, words, fields), low in zip(share, starts, strict=False):
                 held = ceil_div(words, lanes) * lanes
                 if held > self.capacity:
-                    raise UserError(f"unit {unit}: {held} words exceed the {self.capacity} of a PMU")
-                self.unit(
-                    unit, "pmu", tag, enable=3, low=low, words=held,
-                    **self.chain(unit, "write_", [(packets, lanes)]), write_signal_level=LEVELS,
-                    **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
-                )  # fmt: skip
-                self.wire(f"{unit}.write", f"{unit}.read")
-                self.rests(unit)
-                self.feed(gate, unit)
-                self.work[unit] = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
+                    raise UserError(f"unit {units[0]}: {held} words exceed the {self.capacity} of a PMU")
+                for unit in units:
+                    self.unit(
+                        unit, "pmu", tag, enable=3, low=low, words=held,
+                        **self.chain(unit, "write_", [(packets, lanes)]), write_signal_level=LEVELS,
+                        **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
+                    )  # fmt: skip
+                    self.wire(f"{unit}.write", f"{unit}.read")
+                    self.rests(unit)
+                    self.feed(gate, unit)
+                    self.work[unit] = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
             offset += packets * lanes * BF16_BYTES
 
-    def weights(self, name: str, tag: str, tensor: str, depth: int, strips: int, units: int, gates: int) -> list[str]:
-        """Memory units with `strips` strips each of a weight matrix, filled through `gates` gates.
+    def weights(self, name: str, tag: str, tensor: str, depth: int, strips: int, units: int, gates: int) -> list[list[str]]:
+        """Memory units with `strips` strips each of a weight matrix, for each group, filled through `gates` gates.
 
         The tensor holds strip after strip, row after row of it, as many columns as the array has; which columns are a
         unit's tells `first_column`.
         """
         c = self.p.stages
-        names = [f"{name}.w{j}" for j in range(units)]
+        names = [[f"{name}.w{j}.{g}" for j in range(units)] for g in range(self.groups)]
         fields = self.chain(name, "read_", [(depth, c), (strips, depth * c), (self.blocks, 0)])
         words = depth * strips * c
         share = ceil_div(units, gates)
         self.resident(
             name, tag, tensor,
-            [[(n, words, fields) for n in names[i : i + share]] for i in range(0, units, share)],
+            [
+                [([row[j] for row in names], words, fields) for j in range(i, min(i + share, units))]
+                for i in range(0, units, share)
+            ],
         )  # fmt: skip
         return names
 
@@ -680,7 +687,7 @@ class Pipeline:
             if source in self.resting:
                 rate = Fraction(1)
             elif all(unit in early for unit, _ in sinks):
-                rate = Fraction(1, 1 << 20)
+                rate = EARLY
             section.stream(source, *sinks, network=self.networks[source], rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)

@@ -124,7 +124,7 @@ def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
             return half(w[tensor])
         name = tensor[:-2]
         op, out, part = name.split(".")
-        units = [u for u in line.units if u.startswith(f"{name}.w")]
+        units = [u for u in line.units if u.startswith(f"{name}.w") and u.endswith(".0")]
         outs = {r.tensor.split(".")[1] for r in line.arguments if r.tensor.startswith(f"{op}.") and r.tensor.endswith(".w")}
         parts = {r.tensor.split(".")[2] for r in line.arguments if r.tensor.startswith(f"{op}.") and r.tensor.endswith(".w")}
         own = np.split(np.split(w[op], len(outs), axis=1)[int(out)], len(parts))[int(part)]

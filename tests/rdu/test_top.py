@@ -325,7 +325,7 @@ def test_a_stream_through_a_double_buffer(outcomes):
         "compute": (STARTED + 22, STARTED + 30),
         "store": (STARTED + 29, STARTED + 37),
     }
-    assert t.units == ("pcu@0,0", "pmu.write@1,0", "pmu.read@1,0", "agcu@0", "agcu@1", "sequencer", "dma")
+    assert t.units == ("sequencer", "dma", "pcu@0,0", "pmu.write@1,0", "pmu.read@1,0", "agcu@0", "agcu@1")
 
 
 @pytest.mark.cosim

@@ -384,8 +384,8 @@ def _line(steps: Program, tag: int) -> str:
     """The record of a tag as text, without the tag."""
     for segment in steps.segments:
         for region, records in segment.regions.items():
-            rows = records[records["tag"] == tag] if "tag" in steps.isa.record(region).by_name else ()
-            if len(rows):
+            if "tag" in steps.isa.record(region).by_name and (records["tag"] == tag).any():
+                rows = records[records["tag"] == tag]
                 return steps.isa.format(region, rows, steps.tags)[0].partition(" tag=")[0]
     return f"tag {tag}"
 

@@ -72,15 +72,23 @@ _DEFAULTS = _keys(
 # one is small: RTL of its own, as faults need it, is built in little time.
 _SHAPES = (
     "network.fifo_depth=3 agcu.in_flight=2",
-    "grid.columns=4 grid.dies=2 pcu.lanes=4 pcu.stages=3 pcu.registers=8 pcu.counters=5 pcu.vector_inputs=4 "
-    "pcu.scalar_inputs=2 pcu.systolic=false pmu.banks=8 network.credit_cycles=2 network.die_hop_cycles=3 "
-    "network.order=yx agcu.in_flight=12",
-    "grid.rows=4 pcu.lanes=4 pcu.vector_inputs=3 pcu.op_latency_cycles=2 pmu.banks=2 network.hop_cycles=2 "
-    "network.token_cycles=3 agcu.per_side=3 node.copy_lines=1",
-    "grid.columns=4 grid.rows=4 pcu.stages=1 pcu.registers=5 pcu.scalar_inputs=0 pcu.exp_terms=2 "
-    "pcu.reciprocal_iterations=0 pmu.bytes=512 network.fifo_depth=1 network.flows=4",
-    "pcu.stages=1 pcu.counters=6 pcu.systolic=false pcu.op_latency_cycles=3 pcu.reciprocal_iterations=0 "
-    "pcu.rsqrt_iterations=0 pmu.counters=6 network.fifo_depth=2",
+    (
+        "grid.columns=4 grid.dies=2 pcu.lanes=4 pcu.stages=3 pcu.registers=8 pcu.counters=5 pcu.vector_inputs=4 "
+        "pcu.scalar_inputs=2 pcu.systolic=false pmu.banks=8 network.credit_cycles=2 network.die_hop_cycles=3 "
+        "network.order=yx agcu.in_flight=12"
+    ),
+    (
+        "grid.rows=4 pcu.lanes=4 pcu.vector_inputs=3 pcu.op_latency_cycles=2 pmu.banks=2 network.hop_cycles=2 "
+        "network.token_cycles=3 agcu.per_side=3 node.copy_lines=1"
+    ),
+    (
+        "grid.columns=4 grid.rows=4 pcu.stages=1 pcu.registers=5 pcu.scalar_inputs=0 pcu.exp_terms=2 "
+        "pcu.reciprocal_iterations=0 pmu.bytes=512 network.fifo_depth=1 network.flows=4"
+    ),
+    (
+        "pcu.stages=1 pcu.counters=6 pcu.systolic=false pcu.op_latency_cycles=3 pcu.reciprocal_iterations=0 "
+        "pcu.rsqrt_iterations=0 pmu.counters=6 network.fifo_depth=2"
+    ),
 )
 
 
@@ -303,7 +311,8 @@ class _Draft:
         words = self.pick(self.p.lanes, self.p.lanes, int(self.rng.integers(1, self.p.lanes + 1)))
         used = words * (4 if how == "word" else 2)
         grain = 1 << (used - 1).bit_length()  # a power of two, so that no iteration is in two lines
-        strides, extent = [], []
+        strides: list[int] = []
+        extent: list[int] = []
         for count in values:
             stride = grain * self.pick(0, 1, 1, 2, 3, -1, self.line // grain)
             if count > 1 and sum(extent) + abs(stride) * (count - 1) > (_HALF // 5) * self.line:
@@ -510,17 +519,17 @@ class _Draft:
         self.close(stream)
         scale = self.pick(p.lanes, p.lanes + 1)
         again = _split(self.rng, self.pick(first, 3), p.pmu_counters)
-        self.section.pmu(
-            target,
-            enable=3,
-            write_count0=first,
-            sequence_scale=scale,
-            write_lane_stride=1,
+        fields: dict[str, Any] = {
+            "enable": 3,
+            "write_count0": first,
+            "sequence_scale": scale,
+            "write_lane_stride": 1,
             **_counts(again, "read_"),
             **self.pattern("read_", again, self.words),
             **self.bank_bits(),
             **self.common(),
-        )
+        }
+        self.section.pmu(target, **fields)
         self.section.double_buffer(target, write_level=7, read_level=7, buffers=1)
         self.read_by(target)
 
@@ -535,7 +544,7 @@ class _Draft:
         values = _split(self.rng, stream.packets, p.counters - (repeat > 1))
         values = [repeat, *values] if repeat > 1 else values
         events = [prod(values[level:]) for level in range(LEVELS + 1)]
-        inputs = {"vector": [], "scalar": []}  # type: dict[str, list[tuple[_Stream, int]]]
+        inputs: dict[str, list[tuple[_Stream, int]]] = {"vector": [], "scalar": []}
         inputs[stream.network].append((stream, events.index(stream.packets)))
         others = [s for s in self.streams if s is not stream and s.packets in events]
         array = p.systolic and vector and self.chance(0.8) and repeat == 1
@@ -607,8 +616,9 @@ class _Draft:
     def swallow(self, stream: _Stream) -> None:
         """A PCU that takes a stream and gives nothing."""
         name = self.take("pcu")
-        fields = {f"{stream.network}s": 1, **_counts(_split(self.rng, stream.packets, self.p.counters))}
-        self.section.pcu(name, mode="simd", tag=self.pick(*self.tags), **fields, **self.throttle())
+        values = _split(self.rng, stream.packets, self.p.counters)
+        fields: dict[str, Any] = {f"{stream.network}s": 1, **_counts(values), **self.throttle()}
+        self.section.pcu(name, mode="simd", tag=self.pick(*self.tags), **fields)
         self.lead(stream, name)
 
     def store(self, stream: _Stream) -> None:
@@ -727,7 +737,7 @@ def _section(p: RduParams, rng: Rng, name: str, written: int) -> tuple[_Draft, B
         draft.draw()
         seed, turns = int(rng.integers(0, 1 << 30)), draft.pick("acyclic", "acyclic", "odd-even", "xy", "yx")
         try:
-            built = draft.section.build(seed=seed, at=draft.pins(), moves=300, turns=turns)
+            built = draft.section.build(seed=seed, at=draft.pins(), moves=300, turns=turns, remember=False)
         except UserError as error:
             if "flow id" not in str(error):  # too many streams through one switch
                 raise

@@ -12,7 +12,7 @@ from tilewright.sim import rdu as sim
 from tilewright.verify.mutants import Mutant, constant, edited, replaced, told
 from tilewright.workloads import rdu as meaning
 
-_ARRAYS, _DIES, _SLOW, _SHORT, _SMALL = range(5)  # structures of the plan
+_ARRAYS, _DIES, _SLOW, _, _SMALL = range(5)  # structures of the plan
 
 
 def _rtl(module: str, name: str, old: str, new: str) -> AbstractContextManager[None]:
@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant(
         "rtl: an input that is not in use fills its register",
         partial(_rtl, "pcu", "Pcu._simd", "with m.If(c.vectors[i]):", "with m.If(1):"),
-        _ARRAYS,
+        _SMALL,
         25,
     ),
     Mutant(
@@ -69,7 +69,7 @@ MUTANTS = (
         partial(
             _rtl, "pcu", "Pcu.elaborate", "sequence.eq(sequence + c.sequence_step)", "sequence.eq(sequence)"
         ),
-        _ARRAYS,
+        _SMALL,
         25,
     ),
     Mutant(
@@ -92,7 +92,7 @@ MUTANTS = (
     Mutant(
         "rtl: an AGCU keeps a line across a token",
         partial(_rtl, "agcu", "Agcu._load", "kept.eq(same & ~taking)", "kept.eq(same)"),
-        _SHORT,
+        _SMALL,
         25,
     ),
     Mutant(
@@ -100,7 +100,7 @@ MUTANTS = (
         partial(
             _rtl, "agcu", "Agcu._load", "room.eq(count < p.in_flight)", "room.eq(count + 1 < p.in_flight)"
         ),
-        _ARRAYS,
+        _SMALL,
     ),
     Mutant(
         "rtl: a store's tokens go out before its line is written",
@@ -151,7 +151,7 @@ MUTANTS = (
     Mutant(
         "rtl: dimension order begins with the other one",
         partial(_rtl, "switch", "Switch._dimension_order", "if self._y_first:", "if not self._y_first:"),
-        _DIES,
+        _SMALL,
         25,
     ),
     Mutant(
@@ -169,7 +169,7 @@ MUTANTS = (
     Mutant(
         "model: an AGCU may have one more load under way",
         partial(told, sim, lambda p: p._replace(in_flight=p.in_flight + 1)),
-        _ARRAYS,
+        _SMALL,
     ),
     Mutant(
         "model: a copy ends a tick early",
@@ -180,10 +180,9 @@ MUTANTS = (
     Mutant("interpreter: results are rounded before the function", _rounded_first, _SMALL),
     Mutant("interpreter: a tree joins its lanes from the other end", _from_the_right, _DIES, 25),
     Mutant(
-        "interpreter: sequence ids of a stream begin with 0",
-        partial(edited, meaning, "Process.give", 'int(config["sequence"]) + ', ""),
+        "interpreter: scalars fill the registers of vectors",
+        partial(edited, meaning, "Pcu._simd", 'INPUTS if kind == "scalar" else 0', "0"),
         _SMALL,
-        25,
     ),
     Mutant(
         "interpreter: half a word is its lower half",
