@@ -30,7 +30,7 @@ from tilewright.mappers.rdu.layer import Op, Share, layer_operators
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
 from tilewright.mappers.rdu.netlist import Stream
-from tilewright.mappers.rdu.stages import BF16_BYTES, EARLY, ceil_div
+from tilewright.mappers.rdu.stages import BF16_BYTES, ceil_div
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
 
@@ -143,7 +143,7 @@ def _blocked(built: Built, resting: Iterable[str]) -> int:
             for out in hop.outs:
                 on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
     return sum(
-        any(s.source in claims for s in streams) and sum(s.rate > EARLY for s in streams) > 1 for streams in on.values()
+        len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values()
     )
 
 

@@ -224,13 +224,13 @@ class Rows:
         columns = self.columns(tensor)
         parts = 1 if tensor in ("q", "qkv") else self.parts(columns)
         column = self.p.lanes * BF16_BYTES
-        return [
-            self.line.load(
-                f"{tensor}.in{i}", "load", tensor, columns // parts, offset=i * (columns // parts) * column,
-                row=columns * column,
-            )
-            for i in range(parts)
-        ]  # fmt: skip
+        out = []
+        for i in range(parts):
+            name = f"{tensor}.in{i}"
+            offset = i * (columns // parts) * column
+            flow = self.line.load(name, "load", tensor, columns // parts, offset=offset, row=columns * column)
+            out.append(self.line.admitted(name, "load", flow))
+        return out
 
     def _store(self, tensor: str, matrix: Matrix) -> None:
         column = self.p.lanes * BF16_BYTES
@@ -633,8 +633,6 @@ def cached(
                 )  # fmt: skip
                 line.wire(f"{unit}.write", f"{unit}.read")
                 line.feed(gate, unit)
-                if resident:
-                    line.rests(unit)
                 line.resting.add(unit)
                 line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
             if resident and h % step == 0 and k == 0:

@@ -25,8 +25,7 @@ from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOK
 __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column", "stage"]
 
 BF16_BYTES = 2
-EARLY = Fraction(1, 1 << 20)
-"""Rate that is given to what is over before the rest begins."""
+LOADED = "loaded"
 LEAST = Fraction(1, 48)
 """Rate that the rarest stream is given to route it by."""
 _RING = 1 << ADDRESS_BITS
@@ -134,9 +133,6 @@ class Pipeline:
         """Sides that begin each block together."""
         self.loads: list[str] = []
         """A memory unit of each gate that fills some once."""
-        self.filled: list[str] = []
-        """Memory units that are filled once. None is read before the last is filled: what rests on its way to a
-        compute unit that waits for rows must not hold up weights that are still to come."""
         self.resting: set[str] = set()
         """Units whose packets wait on their way until others come."""
         self.arguments: list[Region] = []
@@ -189,11 +185,6 @@ class Pipeline:
         """A side begins each block with a token of another side; `close` wires it."""
         self.starts.setdefault(sink, []).append((source, hold))
 
-    def rests(self, unit: str) -> None:
-        """A memory unit is filled once, and read as rows come."""
-        self.resting.add(unit)
-        self.filled.append(unit)
-
     def close(self) -> None:
         """Wire what sides need to begin a block; where that is more than control inputs, through compute units that
         only join tokens."""
@@ -209,14 +200,22 @@ class Pipeline:
             for source, hold in self._joined(f"{unit}.join", self.units[unit].tag, needs, TOKENS, self.blocks):
                 for sink in sinks:
                     self.wire(source, sink, hold)
-        if len(self.loads) > 1:
+        if LOADED in self.units and self.loads:
             every = [(f"{unit}.write", 0) for unit in self.loads]
-            for source, hold in self._joined("loaded", "load", every, 1, 1):
-                for unit in self.filled:
-                    self.wire(source, f"{unit}.read", hold)
+            for source, hold in self._joined("loaded", "load", every, TOKENS, 1):
+                self.wire(source, LOADED, hold)
         self.starts.clear()
         self.bundles.clear()
         self.loads.clear()
+
+    def admitted(self, name: str, tag: str, flow: Flow) -> Flow:
+        """A matrix from memory, let in when what fills memory units once is through: rows that wait for weights must
+        not hold up weights that are still to come."""
+        if LOADED not in self.units:
+            self.unit(LOADED, "pcu", "load", mode="simd", vectors=0)
+            self.work[LOADED] = 1
+        ready = Flow(1, ((LOADED,),) * self.groups, 1)
+        return self.simd(f"{name}.admit", tag, [(flow, 0), (ready, LEVELS)], [], flow.columns)
 
     def _joined(self, name: str, tag: str, needs: list[tuple[str, int]], most: int, times: int) -> list[tuple[str, int]]:
         """Tokens, (source, held at first), as at most `most`, by compute units that each take some and give one."""
@@ -550,7 +549,7 @@ class Pipeline:
                         **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
                     )  # fmt: skip
                     self.wire(f"{unit}.write", f"{unit}.read")
-                    self.rests(unit)
+                    self.resting.add(unit)
                     self.feed(gate, unit)
                     self.work[unit] = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
             offset += packets * lanes * BF16_BYTES
@@ -596,7 +595,7 @@ class Pipeline:
         out = self.spread(name, tag, Flow(length, tuple((n,) for n in names), length))
         self.loads.append(names[0])
         for unit in names:
-            self.rests(unit)
+            self.resting.add(unit)
         self.resting.update(unit for row in out.sources for unit in row)
         return replace(out, readers=())
 
@@ -677,7 +676,6 @@ class Pipeline:
         """
         self.close()
         most = max(ticks, self.interval()[0])
-        early = set(self.filled)  # their loads are over before anything rests, and share links with all
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=u.tag, **fields)
@@ -686,8 +684,6 @@ class Pipeline:
             rate = min(Fraction(1), max(LEAST, Fraction(self.packets(source), max(1, most))))
             if source in self.resting:
                 rate = Fraction(1)
-            elif all(unit in early for unit, _ in sinks):
-                rate = EARLY
             section.stream(source, *sinks, network=self.networks[source], rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)
