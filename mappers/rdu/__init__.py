@@ -15,7 +15,7 @@ a kernel while the cached tokens, rounded up to `granule`, are as many: a mask h
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import CODE, ISA, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
 from tilewright.mappers.rdu.layer import Op, Share, layer_operators
+from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.stages import BF16_BYTES, ceil_div
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
@@ -41,13 +41,37 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "orchestration": ("host", "hardware"),
     "allreduce": ("fused", "separate"),
 }
-NUMBERS = {"seed": (0, 1 << 31), "granule": (1, 1 << 20), "moves": (0, 1 << 40), "groups": (0, 64), "percent": (1, 100)}
+NUMBERS = {
+    "seed": (0, 1 << 31),
+    "granule": (1, 1 << 20),
+    "moves": (0, 1 << 40),
+    "groups": (0, 64),
+    "percent": (1, 100),
+}
 DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 92}
 TRIES = 4
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
-    *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f", "gate_out", "up_out", "o_part", "w_part"),
+    *(
+        "x",
+        "z",
+        "y",
+        "h",
+        "h2",
+        "s",
+        "s2",
+        "qkv",
+        "q",
+        "a",
+        "o",
+        "w",
+        "f",
+        "gate_out",
+        "up_out",
+        "o_part",
+        "w_part",
+    ),
     *("logits", "last"),
 )
 
@@ -109,7 +133,16 @@ def map_model(
     placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use.
     Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
     """
+    notes = []
+    total = scenario.context + scenario.prompt + scenario.generate
+    if model.position == "rotary" and model.positions is not None and total > model.positions:
+        # There is an angle for every position: it is the training that ends there, not the model.
+        notes.append(
+            f"{total} tokens are more than the {model.positions} positions that {model.name} is made for"
+        )
+        model = replace(model, positions=None)
     mapper = _Mapper(spec, model, scenario, document_of(spec, mapping))
+    mapper.notes += notes
     mapper.plan()
     others = {
         "unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"},
@@ -142,15 +175,15 @@ def _blocked(built: Built, resting: Iterable[str]) -> int:
         for hop in r.hops:
             for out in hop.outs:
                 on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
-    return sum(
-        len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values()
-    )
+    return sum(len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values())
 
 
 class _Mapper:
     """Plans kernels and their launches; walked, it gives the program's segments."""
 
-    def __init__(self, spec: RduSpec, model: ModelConfig, scenario: Scenario, document: dict[str, Any]) -> None:
+    def __init__(
+        self, spec: RduSpec, model: ModelConfig, scenario: Scenario, document: dict[str, Any]
+    ) -> None:
         if model.composition is not None or model.experts:
             raise UserError(f"{model.name}: a mixture or composition of experts is no single stack of layers")
         if model.sub_norms or model.qk_norm:
@@ -185,7 +218,9 @@ class _Mapper:
             prefill(m, prompt=s.prompt, context=s.context, batch=s.batch)
         if s.generate:
             decode_step(m, context=total - 1, batch=s.batch)
-        self.pitch = (ceil_div(max(total, s.context + s.prompt + self.document["granule"]), 4 * lanes) + 4) * 4 * lanes
+        self.pitch = (
+            (ceil_div(max(total, s.context + s.prompt + self.document["granule"]), 4 * lanes) + 4) * 4 * lanes
+        )
         step = 0
         if s.prompt:
             self._prompt(step)
@@ -204,7 +239,9 @@ class _Mapper:
         keys = ceil_div(context + s.prompt, 4 * p.lanes) * 4 * p.lanes
         window = m.sliding_window if m.windowed_layers else None
         if window is not None and len(m.windowed_layers) < m.layers:
-            self.notes.append(f"prompt: layers without a window are timed like those with one: {window} tokens")
+            self.notes.append(
+                f"prompt: layers without a window are timed like those with one: {window} tokens"
+            )
         ops = layer_operators(m, self.share.sockets)
         first = [op.kind for op in ops].index("attention")
 
@@ -277,7 +314,10 @@ class _Mapper:
         if "head" not in self._phases:
             ops = [Op("lm_head", "product", ("x",), ("logits",))]
             if m.final_norm:
-                ops = [Op("final_norm", "norm", ("x",), ("last",)), Op("lm_head", "product", ("last",), ("logits",))]
+                ops = [
+                    Op("final_norm", "norm", ("x",), ("last",)),
+                    Op("lm_head", "product", ("last",), ("logits",)),
+                ]
             for passes in (1, 2, 3, 4, 6, 8, 12, 16):
                 choice = plan_vectors(
                     self.p, self.share, ops, ("logits",), self.limits, batch=1, keys=0, pitch=0, passes=passes
@@ -296,10 +336,20 @@ class _Mapper:
         if self.scenario.embedding:
             self.launches.append(Launch(-rows, "embedding", step, -1))
 
-    def _cut(self, ops: Sequence[Op], result: Sequence[str], plan: Callable[..., Choice | None], what: str) -> list[Choice]:
+    def _cut(
+        self, ops: Sequence[Op], result: Sequence[str], plan: Callable[..., Choice | None], what: str
+    ) -> list[Choice]:
         fused = self.document["fusion"] == "fused"
         if not fused or self.document["allreduce"] == "fused":
-            return cut(ops, result, plan, self.p, fused=fused, launch=self.launch_ticks, what=f"{self.model.name}, {what}")
+            return cut(
+                ops,
+                result,
+                plan,
+                self.p,
+                fused=fused,
+                launch=self.launch_ticks,
+                what=f"{self.model.name}, {what}",
+            )
         # Sums over sockets stand alone.
         out: list[Choice] = []
         first = 0
@@ -336,12 +386,16 @@ class _Mapper:
         assert best is not None
         blocked, built = best
         if blocked:
-            self.notes.append(f"{phase}, {name}: {blocked} links are shared with streams that wait for others")
+            self.notes.append(
+                f"{phase}, {name}: {blocked} links are shared with streams that wait for others"
+            )
         self.kernels.append(Kernel(name, phase, choice, built, time.monotonic() - start))
         return len(self.kernels) - 1
 
     def _tag(self, kernel: int, layer: int) -> str:
-        return f"layer {layer} {self.kernels[kernel].phase.split()[0]} {self.kernels[kernel].name}".replace(" ", "_")
+        return f"layer {layer} {self.kernels[kernel].phase.split()[0]} {self.kernels[kernel].name}".replace(
+            " ", "_"
+        )
 
     # ---- tags, addresses, notes ---------------------------------------------------------------------
 
@@ -425,7 +479,9 @@ class _Mapper:
                 + f"; wires {float(placement.initial_cost):.4g} -> {float(placement.cost):.4g} hops a tick, "
                 f"most loaded link {float(routing.slow_down):.3g} (claimed), {over} links over, {kernel.seconds:.1f} s"
             )
-            document.append({"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles})
+            document.append(
+                {"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles}
+            )
         self.document = {**self.document, "sections": document}
         for launch in self.launches:
             if launch.kernel >= 0:

@@ -150,7 +150,9 @@ def _fill(
         return None
     fixed = sum(u.kind == "pcu" and not _of_product(first, name, demands) for name, u in first.units.items())
     if demands:
-        others = max((n for name, n in first.work.items() if not _of_product(first, name, demands)), default=1)
+        others = max(
+            (n for name, n in first.work.items() if not _of_product(first, name, demands)), default=1
+        )
         found = allocate(demands, {"pcu": (limits.pcu - fixed) // tiles.groups}, at_least=others)
         if found is None:
             return None
@@ -213,7 +215,14 @@ def plan_vectors(
         return out
 
     cache_gates = max(1, min(share.kv_heads, limits.agcu // 16 // batch))
-    for words in (capacity // 8, capacity // 4, 3 * capacity // 8, capacity // 2, 3 * capacity // 4, capacity):
+    for words in (
+        capacity // 8,
+        capacity // 4,
+        3 * capacity // 8,
+        capacity // 2,
+        3 * capacity // 4,
+        capacity,
+    ):
         try:
             first = build(words, 1, cache_gates).line
             gates = limits.agcu - first.count("agcu") + 1
@@ -231,7 +240,16 @@ def plan_vectors(
     return None
 
 
-def cut(ops: Sequence[Op], result: Sequence[str], plan: object, p: RduParams, *, fused: bool, launch: int, what: str) -> list[Choice]:
+def cut(
+    ops: Sequence[Op],
+    result: Sequence[str],
+    plan: object,
+    p: RduParams,
+    *,
+    fused: bool,
+    launch: int,
+    what: str,
+) -> list[Choice]:
     """Sections of `ops`: one if it fits and `fused`, else the cut that takes the fewest ticks, or one for each."""
     cache: dict[tuple[int, int], Choice | None] = {}
 

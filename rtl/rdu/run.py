@@ -203,9 +203,7 @@ def _timeline(
     n_tags = max(len(case.program.tags), int(tags.max(initial=-1)) + 1)
     names = host.unit_names(p)
     units = ["sequencer", "dma"]
-    units += [
-        name for name in names if name.replace("pmu.write", "pmu").replace("pmu.read", "pmu") in tagged
-    ]
+    units += [name for name in names if name.replace("pmu.write", "pmu").replace("pmu.read", "pmu") in tagged]
     table = activity.reshape(len(names), host.ACTIVITIES)[:, : 1 + len(arch.CAUSES)].astype(np.int64)
     counters = np.zeros((n_tags + 1, len(host.COUNTED)), np.int64)
     counters[-1] = [counts[name] for name in host.COUNTED]
