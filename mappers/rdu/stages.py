@@ -201,11 +201,14 @@ class Pipeline:
     def close(self) -> None:
         """Wire what sides need to begin a block; where that is more than control inputs, through compute units that
         only join tokens."""
-        bundles: list[set[str]] = []
+        whole: dict[str, set[str]] = {}  # the bundle that each side is in; bundles that meet are one
         for bundle in [*self.bundles, *({sink} for sink in self.starts)]:
-            meeting = [b for b in bundles if b & bundle]
-            bundles = [b for b in bundles if not b & bundle] + [bundle.union(*meeting)]
+            joined = set(bundle).union(*(whole[sink] for sink in bundle if sink in whole))
+            whole |= dict.fromkeys(joined, joined)
         order = {sink: i for i, sink in enumerate(self.starts)}
+        bundles = list(
+            {id(bundle): bundle for _, bundle in sorted(whole.items(), key=lambda w: order[w[0]])}.values()
+        )
         for bundle in bundles:
             sinks = sorted(bundle, key=lambda sink: order[sink])
             needs = list(dict.fromkeys(need for sink in sinks for need in self.starts[sink]))
