@@ -172,9 +172,7 @@ def layer(
     rows, context = len(x), len(past[0])
 
     def normed(name: str, a: Words) -> Words:
-        return norm(
-            a, w[f"{name}.gain"], w.get(f"{name}.bias"), m.norm_eps, counts, how.parts, how.inputs
-        )
+        return norm(a, w[f"{name}.gain"], w.get(f"{name}.bias"), m.norm_eps, counts, how.parts, how.inputs)
 
     def linear(name: str, a: Words, parts: int) -> Words:
         sums = [product(b, v) for b, v in zip(cut(a, parts), np.split(w[name], parts), strict=True)]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import CODE, ISA, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
 from tilewright.mappers.rdu.layer import Op, Share, layer_operators
+from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.stages import BF16_BYTES, ceil_div
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
@@ -41,13 +42,39 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "orchestration": ("host", "hardware"),
     "allreduce": ("fused", "separate"),
 }
-NUMBERS = {"seed": (0, 1 << 31), "granule": (1, 1 << 20), "moves": (0, 1 << 40), "groups": (0, 64), "percent": (1, 100)}
+NUMBERS = {
+    "seed": (0, 1 << 31),
+    "granule": (1, 1 << 20),
+    "moves": (0, 1 << 40),
+    "groups": (0, 64),
+    "percent": (1, 100),
+}
 DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 92}
-TRIES = 4
+TRIES = 8
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
+HOPELESS = 40
+"""Links with which other seeds are not tried."""
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
-    *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f", "gate_out", "up_out", "o_part", "w_part"),
+    *(
+        "x",
+        "z",
+        "y",
+        "h",
+        "h2",
+        "s",
+        "s2",
+        "qkv",
+        "q",
+        "a",
+        "o",
+        "w",
+        "f",
+        "gate_out",
+        "up_out",
+        "o_part",
+        "w_part",
+    ),
     *("logits", "last"),
 )
 
@@ -134,6 +161,11 @@ def map_model(
     )
 
 
+def _name(choice: Choice) -> str:
+    names = [op.name for op in choice.ops]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
 def _blocked(built: Built, resting: Iterable[str]) -> int:
     """Links that a stream shares with one whose packets may wait on their way until others come."""
     claims = set(resting)
@@ -142,15 +174,15 @@ def _blocked(built: Built, resting: Iterable[str]) -> int:
         for hop in r.hops:
             for out in hop.outs:
                 on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
-    return sum(
-        len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values()
-    )
+    return sum(len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values())
 
 
 class _Mapper:
     """Plans kernels and their launches; walked, it gives the program's segments."""
 
-    def __init__(self, spec: RduSpec, model: ModelConfig, scenario: Scenario, document: dict[str, Any]) -> None:
+    def __init__(
+        self, spec: RduSpec, model: ModelConfig, scenario: Scenario, document: dict[str, Any]
+    ) -> None:
         if model.composition is not None or model.experts:
             raise UserError(f"{model.name}: a mixture or composition of experts is no single stack of layers")
         if model.sub_norms or model.qk_norm:
@@ -185,7 +217,9 @@ class _Mapper:
             prefill(m, prompt=s.prompt, context=s.context, batch=s.batch)
         if s.generate:
             decode_step(m, context=total - 1, batch=s.batch)
-        self.pitch = (ceil_div(max(total, s.context + s.prompt + self.document["granule"]), 4 * lanes) + 4) * 4 * lanes
+        self.pitch = (
+            (ceil_div(max(total, s.context + s.prompt + self.document["granule"]), 4 * lanes) + 4) * 4 * lanes
+        )
         step = 0
         if s.prompt:
             self._prompt(step)
@@ -204,13 +238,15 @@ class _Mapper:
         keys = ceil_div(context + s.prompt, 4 * p.lanes) * 4 * p.lanes
         window = m.sliding_window if m.windowed_layers else None
         if window is not None and len(m.windowed_layers) < m.layers:
-            self.notes.append(f"prompt: layers without a window are timed like those with one: {window} tokens")
+            self.notes.append(
+                f"prompt: layers without a window are timed like those with one: {window} tokens"
+            )
         ops = layer_operators(m, self.share.sockets)
         first = [op.kind for op in ops].index("attention")
 
-        def plan(some: Sequence[Op], keep: Sequence[str]) -> Choice | None:
+        def plan(some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits) -> Choice | None:
             return plan_rows(
-                p, self.share, some, keep, self.limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
+                p, self.share, some, keep, limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
                 window=window if window is not None and window < keys else None,
                 groups=self.document["groups"] or None,
             )  # fmt: skip
@@ -219,7 +255,9 @@ class _Mapper:
         for some, later in ((ops[:first], ops[first:]), (ops[first:], [])):
             result = [*kept(some, later, ["z"])]
             choices += self._cut(some, result, plan, "prompt")
-        layers = [self._kernel("prompt", choice) for choice in choices]
+        layers = [
+            self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
+        ]
         for b in range(s.batch):
             self._embed(step, s.prompt)
             for layer in range(m.layers):
@@ -271,13 +309,17 @@ class _Mapper:
             self._head(step)
 
     def _head(self, step: int) -> None:
+        """The LM head of one vector, the last row of a prompt, which the host has put there, or a token's."""
         m = self.model
         if not (self.scenario.lm_head and m.causal):
             return
         if "head" not in self._phases:
             ops = [Op("lm_head", "product", ("x",), ("logits",))]
             if m.final_norm:
-                ops = [Op("final_norm", "norm", ("x",), ("last",)), Op("lm_head", "product", ("last",), ("logits",))]
+                ops = [
+                    Op("final_norm", "norm", ("x",), ("last",)),
+                    Op("lm_head", "product", ("last",), ("logits",)),
+                ]
             for passes in (1, 2, 3, 4, 6, 8, 12, 16):
                 choice = plan_vectors(
                     self.p, self.share, ops, ("logits",), self.limits, batch=1, keys=0, pitch=0, passes=passes
@@ -296,10 +338,20 @@ class _Mapper:
         if self.scenario.embedding:
             self.launches.append(Launch(-rows, "embedding", step, -1))
 
-    def _cut(self, ops: Sequence[Op], result: Sequence[str], plan: Callable[..., Choice | None], what: str) -> list[Choice]:
+    def _cut(
+        self, ops: Sequence[Op], result: Sequence[str], plan: Callable[..., Choice | None], what: str
+    ) -> list[Choice]:
         fused = self.document["fusion"] == "fused"
         if not fused or self.document["allreduce"] == "fused":
-            return cut(ops, result, plan, self.p, fused=fused, launch=self.launch_ticks, what=f"{self.model.name}, {what}")
+            return cut(
+                ops,
+                result,
+                plan,
+                self.p,
+                fused=fused,
+                launch=self.launch_ticks,
+                what=f"{self.model.name}, {what}",
+            )
         # Sums over sockets stand alone.
         out: list[Choice] = []
         first = 0
@@ -318,30 +370,53 @@ class _Mapper:
     def _cache_bytes(self) -> int:
         return self.share.kv_dim * self.pitch * BF16_BYTES
 
-    def _kernel(self, phase: str, choice: Choice) -> int:
-        """Place and route a section."""
-        names = [op.name for op in choice.ops]
-        name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        section = Section(self.p, f"{phase} {name}")
-        choice.line.into(section, choice.ticks(self.p))
+    def _kernel(
+        self, phase: str, choice: Choice, smaller: Callable[[Limits], Choice | None] | None = None
+    ) -> int:
+        """Place and route a section.
+
+        Where streams share links with some that wait for others, they may come to wait for one another. Other seeds are
+        tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted.
+        """
         start = time.monotonic()
-        best: tuple[int, Built] | None = None
-        for seed in range(self.document["seed"], self.document["seed"] + TRIES):
-            built = section.build(seed=seed, moves=self.document["moves"] or None)
-            blocked = _blocked(built, choice.line.resting)
-            if best is None or blocked < best[0]:
-                best = blocked, built
-            if not blocked:
+        limits = self.limits
+        best: tuple[int, Choice, Built] | None = None
+        while True:
+            for seed in range(self.document["seed"], self.document["seed"] + TRIES):
+                section = Section(self.p, f"{phase} {_name(choice)}")
+                choice.line.into(section, choice.ticks(self.p))
+                try:
+                    built = section.build(seed=seed, moves=self.document["moves"] or None)
+                except UserError:  # more streams on a link than it has flows
+                    continue
+                blocked = _blocked(built, choice.line.resting)
+                if best is None or blocked < best[0]:
+                    best = blocked, choice, built
+                if blocked > HOPELESS or not blocked:
+                    break
+            if smaller is None or (best is not None and not best[0]):
                 break
-        assert best is not None
-        blocked, built = best
+            limits = Limits(limits.pcu * 2 // 3, limits.pmu * 2 // 3, limits.agcu)
+            fewer = smaller(limits)
+            if fewer is None:
+                break
+            choice = fewer
+        if best is None:
+            raise UserError(
+                f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
+            )
+        blocked, choice, built = best
         if blocked:
-            self.notes.append(f"{phase}, {name}: {blocked} links are shared with streams that wait for others")
-        self.kernels.append(Kernel(name, phase, choice, built, time.monotonic() - start))
+            self.notes.append(
+                f"{phase}, {_name(choice)}: {blocked} links are shared with streams that wait for others; it may stop for good"
+            )
+        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start))
         return len(self.kernels) - 1
 
     def _tag(self, kernel: int, layer: int) -> str:
-        return f"layer {layer} {self.kernels[kernel].phase.split()[0]} {self.kernels[kernel].name}".replace(" ", "_")
+        return f"layer {layer} {self.kernels[kernel].phase.split()[0]} {self.kernels[kernel].name}".replace(
+            " ", "_"
+        )
 
     # ---- tags, addresses, notes ---------------------------------------------------------------------
 
@@ -425,7 +500,9 @@ class _Mapper:
                 + f"; wires {float(placement.initial_cost):.4g} -> {float(placement.cost):.4g} hops a tick, "
                 f"most loaded link {float(routing.slow_down):.3g} (claimed), {over} links over, {kernel.seconds:.1f} s"
             )
-            document.append({"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles})
+            document.append(
+                {"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles}
+            )
         self.document = {**self.document, "sections": document}
         for launch in self.launches:
             if launch.kernel >= 0:

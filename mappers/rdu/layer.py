@@ -25,7 +25,7 @@ __all__ = ["LOWEST", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached"
 
 LOWEST = -1e30
 """What the score of a masked key is."""
-MEETING = 64
+MEETING = 48
 """Streams of results that meet at one buffer, where their weights allow so few."""
 UNITS = float(1 << 23)
 """A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
@@ -178,7 +178,17 @@ class Rows:
         Tokens before the first row; a multiple of the lanes.
     """
 
-    def __init__(self, params: RduParams, share: Share, tiles: Tiles, *, keys: int = 0, pitch: int = 0, context: int = 0, window: int | None = None) -> None:
+    def __init__(
+        self,
+        params: RduParams,
+        share: Share,
+        tiles: Tiles,
+        *,
+        keys: int = 0,
+        pitch: int = 0,
+        context: int = 0,
+        window: int | None = None,
+    ) -> None:
         self.p, self.share, self.model, self.tiles = params, share, share.model, tiles
         self.keys, self.pitch, self.context, self.window = keys, pitch or keys, context, window
         self.line = Pipeline(params, groups=tiles.groups, blocks=tiles.blocks)
@@ -208,7 +218,14 @@ class Rows:
     def columns(self, tensor: str) -> int:
         """Columns of a matrix."""
         s, m = self.share, self.model
-        known = {"qkv": s.q_dim + 2 * s.kv_dim, "q": s.q_dim, "a": s.q_dim, "f": s.inner, "gate_out": s.inner, "up_out": s.inner}
+        known = {
+            "qkv": s.q_dim + 2 * s.kv_dim,
+            "q": s.q_dim,
+            "a": s.q_dim,
+            "f": s.inner,
+            "gate_out": s.inner,
+            "up_out": s.inner,
+        }
         return known.get(tensor, m.d_model)
 
     def parts(self, columns: int) -> int:
@@ -236,9 +253,18 @@ class Rows:
         column = self.p.lanes * BF16_BYTES
         columns = sum(f.columns for f in matrix)
         for i, flow in enumerate(matrix):
-            out = self.line.read(f"{tensor}.out{i}", "store", flow) if flow.merged or flow.each != flow.columns else flow
+            out = (
+                self.line.read(f"{tensor}.out{i}", "store", flow)
+                if flow.merged or flow.each != flow.columns
+                else flow
+            )
             self.line.store(
-                f"{tensor}.store{i}", "store", out, tensor, offset=i * flow.columns * column, row=columns * column
+                f"{tensor}.store{i}",
+                "store",
+                out,
+                tensor,
+                offset=i * flow.columns * column,
+                row=columns * column,
             )
 
     def _whole(self, matrix: Matrix) -> Flow:
@@ -246,7 +272,9 @@ class Rows:
             raise UserError(f"{sum(f.columns for f in matrix)} columns of a block exceed a PMU's buffers")
         return matrix[0]
 
-    def _total(self, name: str, tag: str, flows: Sequence[Flow], how: str = "add", packets: int = 1) -> list[Flow]:
+    def _total(
+        self, name: str, tag: str, flows: Sequence[Flow], how: str = "add", packets: int = 1
+    ) -> list[Flow]:
         """Flows joined, as few as an input each of one unit; left as they are if they are few enough."""
         width = self.p.vector_inputs
         level = 0
@@ -257,7 +285,11 @@ class Rows:
                 some = flows[i : i + width]
                 if len(some) > 1:
                     stages = [stage(how, 0 if k == 1 else 4, k, 4) for k in range(1, len(some))]
-                    some = [self.line.simd(f"{name}.join{level}.{i}", tag, [(f, 0) for f in some], stages, packets, result=4)]
+                    some = [
+                        self.line.simd(
+                            f"{name}.join{level}.{i}", tag, [(f, 0) for f in some], stages, packets, result=4
+                        )
+                    ]
                 joined += some
             flows, level = joined, level + 1
         return flows
@@ -295,9 +327,14 @@ class Rows:
             r = line.read(f"{name}.second{i}", name, part, [(part.columns, 1)], after=after)
             squares.append(
                 line.simd(
-                    f"{name}.square{i}", name, [(r, 0), *inputs], [*centre, stage("multiply", 4, 4, 4)],
-                    part.columns, result=4, fold="add",
-                )  # fmt: skip
+                    f"{name}.square{i}",
+                    name,
+                    [(r, 0), *inputs],
+                    [*centre, stage("multiply", 4, 4, 4)],
+                    part.columns,
+                    result=4,
+                    fold="add",
+                )
             )
         squares = self._total(f"{name}.scale", name, squares)
         scale = line.simd(
@@ -313,7 +350,11 @@ class Rows:
             gain = line.broadcast(f"{name}.gain{i}", name, f"{name}.gain", n, offset=i * n * BF16_BYTES)
             if not inputs:
                 stages = [stage("multiply", 0, 1, 4), stage("multiply", 4, 2, 4)]
-                out.append(line.simd(f"{name}.{i}", name, [(r, 0), (scale, 1), (gain, 0)], stages, n, result=4, round=1))
+                out.append(
+                    line.simd(
+                        f"{name}.{i}", name, [(r, 0), (scale, 1), (gain, 0)], stages, n, result=4, round=1
+                    )
+                )
                 continue
             bias = line.broadcast(f"{name}.bias{i}", name, f"{name}.bias", n, offset=i * n * BF16_BYTES)
             normal = line.simd(
@@ -322,9 +363,14 @@ class Rows:
             )  # fmt: skip
             out.append(
                 line.simd(
-                    f"{name}.{i}", name, [(normal, 0), (gain, 0), (bias, 0)],
-                    [stage("multiply", 0, 1, 4), stage("add", 4, 2, 4)], n, result=4, round=1,
-                )  # fmt: skip
+                    f"{name}.{i}",
+                    name,
+                    [(normal, 0), (gain, 0), (bias, 0)],
+                    [stage("multiply", 0, 1, 4), stage("add", 4, 2, 4)],
+                    n,
+                    result=4,
+                    round=1,
+                )
             )
         self.at[op.writes[0]] = out
 
@@ -357,11 +403,19 @@ class Rows:
                 continue
             flows = [line.read(f"{name}.{o}.sum{i}", name, f, [(n, 1)]) for i, f in enumerate(sums)]
             if biased:
-                flows.append(line.broadcast(f"{name}.bias{o}", name, f"{name}.bias", n, offset=o * n * BF16_BYTES))
+                flows.append(
+                    line.broadcast(f"{name}.bias{o}", name, f"{name}.bias", n, offset=o * n * BF16_BYTES)
+                )
             flows = self._total(f"{name}.{o}", name, flows, packets=n)
             result.append(
                 line.simd(
-                    f"{name}.{o}.total", name, [(f, 0) for f in flows], self._joined(len(flows)), n, result=4, round=1
+                    f"{name}.{o}.total",
+                    name,
+                    [(f, 0) for f in flows],
+                    self._joined(len(flows)),
+                    n,
+                    result=4,
+                    round=1,
                 )
             )
         self.at[op.writes[0]] = result
@@ -377,12 +431,20 @@ class Rows:
             x = line.read(f"{name}.x", name, qkv, [(dim, 1), (heads, dim)])
             other = line.read(f"{name}.other", name, qkv, [(half, 1), (2, -half), (heads, dim)], first=half)
             tables = [
-                line.read(f"{name}.{t}", name, line.load(f"{name}.{t}.in", name, t, dim), [(dim, 1), (heads, 0)])
+                line.read(
+                    f"{name}.{t}", name, line.load(f"{name}.{t}.in", name, t, dim), [(dim, 1), (heads, 0)]
+                )
                 for t in ("cos", "sin")
             ]
             stages = [stage("multiply", 0, 2, 4), stage("multiply", 1, 3, 5), stage("add", 4, 5, 4)]
             turned = line.simd(
-                f"{name}.turn", name, [(f, 0) for f in (x, other, *tables)], stages, heads * dim, result=4, round=1
+                f"{name}.turn",
+                name,
+                [(f, 0) for f in (x, other, *tables)],
+                stages,
+                heads * dim,
+                result=4,
+                round=1,
             )
         self.at[op.writes[0]] = [line.read(f"{name}.q", name, turned, [(s.q_dim, 1)])]
         token = self.p.lanes * BF16_BYTES
@@ -410,7 +472,16 @@ class Rows:
             head = f"{name}.{h}"
             x = line.read(f"{head}.q", name, q, [(dim, 1), (strips, 0)], part=(h, s.heads))
             scores = [
-                line.product(f"{head}.score{k}", name, x, dim, strips, [[n] for n in keys[own][k][mine : mine + line.groups]], width, rounded=False)
+                line.product(
+                    f"{head}.score{k}",
+                    name,
+                    x,
+                    dim,
+                    strips,
+                    [[n] for n in keys[own][k][mine : mine + line.groups]],
+                    width,
+                    rounded=False,
+                )
                 for k in range(chunks)
             ]
             most = []
@@ -418,11 +489,19 @@ class Rows:
                 r = line.read(f"{head}.first{k}", name, flow, [(width, 1)])
                 most.append(
                     line.simd(
-                        f"{head}.max{k}", name, [(r, 0)], self._masked(k * width, h), width, result=4, fold="maximum",
-                    )  # fmt: skip
+                        f"{head}.max{k}",
+                        name,
+                        [(r, 0)],
+                        self._masked(k * width, h),
+                        width,
+                        result=4,
+                        fold="maximum",
+                    )
                 )
             most = self._total(f"{head}.max", name, most, "maximum")
-            top = line.simd(f"{head}.top", name, [(f, 0) for f in most], self._joined(len(most), "maximum"), 1, result=4)
+            top = line.simd(
+                f"{head}.top", name, [(f, 0) for f in most], self._joined(len(most), "maximum"), 1, result=4
+            )
             after = tuple(src[0] for src in top.sources)
             sums, parts = [], []
             for k, flow in enumerate(scores):
@@ -434,14 +513,31 @@ class Rows:
                 )  # fmt: skip
                 sums.append(line.simd(f"{head}.sum{k}", name, [(power, 0)], [], width, fold="add"))
                 x = line.read(f"{head}.p{k}", name, power, [(width, 1), (wide, 0)])
-                out = line.product(f"{head}.value{k}", name, x, width, wide, [[n] for n in values[own][k][mine : mine + line.groups]], dim, rounded=False)
+                out = line.product(
+                    f"{head}.value{k}",
+                    name,
+                    x,
+                    width,
+                    wide,
+                    [[n] for n in values[own][k][mine : mine + line.groups]],
+                    dim,
+                    rounded=False,
+                )
                 parts.append(out)
             sums = self._total(f"{head}.sum", name, sums)
             inverse = line.simd(
-                f"{head}.inverse", name, [(f, 0) for f in sums], self._joined(len(sums)), 1, result=4, function="reciprocal"
+                f"{head}.inverse",
+                name,
+                [(f, 0) for f in sums],
+                self._joined(len(sums)),
+                1,
+                result=4,
+                function="reciprocal",
             )
             after = tuple(src[0] for src in inverse.sources)
-            reads = [line.read(f"{head}.part{k}", name, f, [(dim, 1)], after=after) for k, f in enumerate(parts)]
+            reads = [
+                line.read(f"{head}.part{k}", name, f, [(dim, 1)], after=after) for k, f in enumerate(parts)
+            ]
             flows = reads
             while len(flows) >= p.vector_inputs:
                 flows = self._fewer(f"{head}.out{len(flows)}", name, flows, dim)
@@ -467,7 +563,11 @@ class Rows:
         for i in range(0, len(flows), self.p.vector_inputs):
             some = flows[i : i + self.p.vector_inputs]
             if len(some) > 1:
-                some = [self.line.simd(f"{name}.{i}", tag, [(f, 0) for f in some], self._joined(len(some)), packets, result=4)]
+                some = [
+                    self.line.simd(
+                        f"{name}.{i}", tag, [(f, 0) for f in some], self._joined(len(some)), packets, result=4
+                    )
+                ]
             out += some
         return out
 
@@ -481,32 +581,96 @@ class Rows:
         whole = {"kind": "int32"}
         out = [stage("multiply", 0, float(np.float32(m.head_dim**-0.5)), 4)]
         out.append(
-            {"operation": "add", "type": "int32", "a_from": "counter", "a": 0, "b_from": "constant", "constant": first, "to": 5}
+            {
+                "operation": "add",
+                "type": "int32",
+                "a_from": "counter",
+                "a": 0,
+                "b_from": "constant",
+                "constant": first,
+                "to": 5,
+            }
         )
         if m.position == "alibi":  # the key's number as a float, times the head's slope
             out += [
-                {"operation": "or", "type": "int32", "a": 5, "b_from": "constant", "constant": constant(UNITS), "to": 6},
+                {
+                    "operation": "or",
+                    "type": "int32",
+                    "a": 5,
+                    "b_from": "constant",
+                    "constant": constant(UNITS),
+                    "to": 6,
+                },
                 stage("subtract", 6, UNITS, 6),
                 stage("multiply", 6, slope(m.heads, head), 6),
                 stage("add", 4, 6, 4),
             ]
         if not m.causal:
-            limit = {"operation": "less", "type": "int32", "a": 5, "b_from": "constant", "constant": self.keys, "c": 0, "to": 6}
-            choose = {"operation": "select", "type": "int32", "a": 4, "b_from": "constant", "constant": constant(LOWEST), "c": 6, "to": 4}
+            limit = {
+                "operation": "less",
+                "type": "int32",
+                "a": 5,
+                "b_from": "constant",
+                "constant": self.keys,
+                "c": 0,
+                "to": 6,
+            }
+            choose = {
+                "operation": "select",
+                "type": "int32",
+                "a": 4,
+                "b_from": "constant",
+                "constant": constant(LOWEST),
+                "c": 6,
+                "to": 4,
+            }
             return [*out, limit, choose]
         out += [
-            {"operation": "multiply", "type": "int32", "a_from": "counter", "a": 1, "b_from": "constant", "constant": lanes * groups, "to": 6},
+            {
+                "operation": "multiply",
+                "type": "int32",
+                "a_from": "counter",
+                "a": 1,
+                "b_from": "constant",
+                "constant": lanes * groups,
+                "to": 6,
+            },
             stage("add", 6, "lane", 6, **whole),
-            {"operation": "add", "type": "int32", "a": 6, "b_from": "constant", "constant": self.context, "to": 6, "group": lanes},
+            {
+                "operation": "add",
+                "type": "int32",
+                "a": 6,
+                "b_from": "constant",
+                "constant": self.context,
+                "to": 6,
+                "group": lanes,
+            },
             stage("less", 6, 5, 7, **whole),
         ]
         if self.window is not None:
             out += [
-                {"operation": "subtract", "type": "int32", "a": 6, "b_from": "constant", "constant": self.window - 1, "to": 6},
+                {
+                    "operation": "subtract",
+                    "type": "int32",
+                    "a": 6,
+                    "b_from": "constant",
+                    "constant": self.window - 1,
+                    "to": 6,
+                },
                 stage("less", 5, 6, 6, **whole),
                 stage("or", 6, 7, 7, **whole),
             ]
-        out.append({"operation": "select", "type": "int32", "a_from": "constant", "constant": constant(LOWEST), "b": 4, "c": 7, "to": 4})
+        out.append(
+            {
+                "operation": "select",
+                "type": "int32",
+                "a_from": "constant",
+                "constant": constant(LOWEST),
+                "b": 4,
+                "c": 7,
+                "to": 4,
+            }
+        )
         return out
 
     def _cache(self, name: str, width: int) -> tuple[list[list[list[str]]], list[list[list[str]]]]:
@@ -576,7 +740,9 @@ def _activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any
 
 
 def _biased(model: ModelConfig, name: str) -> bool:
-    return {"qkv": model.qkv_bias, "attention_out": model.attention_out_bias, "lm_head": False}.get(name, model.mlp_bias)
+    return {"qkv": model.qkv_bias, "attention_out": model.attention_out_bias, "lm_head": False}.get(
+        name, model.mlp_bias
+    )
 
 
 def cached(
@@ -633,6 +799,8 @@ def cached(
                 )  # fmt: skip
                 line.wire(f"{unit}.write", f"{unit}.read")
                 line.feed(gate, unit)
+                if resident:
+                    line.filled.append(unit)
                 line.resting.add(unit)
                 line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
             if resident and h % step == 0 and k == 0:
@@ -692,7 +860,9 @@ class Vectors:
         self.banks: list[Bank] = []
         for columns in (share.model.d_model, share.model.head_dim, share.inner):
             if columns % params.lanes:
-                raise UserError(f"{share.model.name}: {columns} columns are not a multiple of the {params.lanes} lanes")
+                raise UserError(
+                    f"{share.model.name}: {columns} columns are not a multiple of the {params.lanes} lanes"
+                )
 
     def build(self, ops: Sequence[Op], keep: Iterable[str]) -> Pipeline:
         """All units and streams of `ops`; vectors named in `keep` go to memory."""
@@ -722,7 +892,9 @@ class Vectors:
 
     def _constant(self, name: str, tag: str, tensor: str, columns: int) -> Flow:
         """A vector that stays: gains, biases."""
-        return self.line.read(f"{name}.buffer", tag, self.line.load(name, tag, tensor, columns // self.p.lanes, row=0))
+        return self.line.read(
+            f"{name}.buffer", tag, self.line.load(name, tag, tensor, columns // self.p.lanes, row=0)
+        )
 
     def _stream_weights(self) -> None:
         shares: list[list[tuple[str, int, str]]] = [[] for _ in range(self.gates)]
@@ -740,7 +912,9 @@ class Vectors:
             return [stage("pass", 0, 0, to)]
         return [stage(how, 0 if k == 1 else to, k, to) for k in range(1, n)]
 
-    def _fewer(self, name: str, tag: str, flows: Sequence[Flow], packets: int, how: str = "add", room: int = 0) -> list[Flow]:
+    def _fewer(
+        self, name: str, tag: str, flows: Sequence[Flow], packets: int, how: str = "add", room: int = 0
+    ) -> list[Flow]:
         """Flows joined until `room` inputs of a unit are left."""
         out, level, width = list(flows), 0, self.p.vector_inputs
         while len(out) > width - room:
@@ -750,9 +924,13 @@ class Vectors:
                 if len(some) > 1:
                     some = [
                         self.line.simd(
-                            f"{name}.join{level}.{i}", tag, [(f, 0) for f in some], self._joined(len(some), how), packets,
+                            f"{name}.join{level}.{i}",
+                            tag,
+                            [(f, 0) for f in some],
+                            self._joined(len(some), how),
+                            packets,
                             result=4,
-                        )  # fmt: skip
+                        )
                     ]
                 joined += some
             out, level = joined, level + 1
@@ -768,12 +946,21 @@ class Vectors:
         if m.norm == "layernorm":
             r = line.read(f"{name}.first", name, x, [(n, 1)])
             total = line.simd(f"{name}.sum", name, [(r, 0)], [], n, fold="add", tree="add")
-            mean = line.simd(f"{name}.mean", name, [(total, 0)], [stage("multiply", 0, inverse, 4)], 1, result=4)
+            mean = line.simd(
+                f"{name}.mean", name, [(total, 0)], [stage("multiply", 0, inverse, 4)], 1, result=4
+            )
             inputs, after = [(mean, 1)], tuple(s[0] for s in mean.sources)
         r = line.read(f"{name}.second", name, x, [(n, 1)], after=after)
         centre = stage("subtract", 0, 1, 4) if inputs else stage("pass", 0, 0, 4)
         square = line.simd(
-            f"{name}.square", name, [(r, 0), *inputs], [centre, stage("multiply", 4, 4, 4)], n, result=4, fold="add", tree="add"
+            f"{name}.square",
+            name,
+            [(r, 0), *inputs],
+            [centre, stage("multiply", 4, 4, 4)],
+            n,
+            result=4,
+            fold="add",
+            tree="add",
         )
         scale = line.simd(
             f"{name}.scale", name, [(square, 0)], [stage("multiply", 0, inverse, 4), stage("add", 4, eps, 4)], 1,
@@ -783,7 +970,9 @@ class Vectors:
         gain = self._constant(f"{name}.gain", name, f"{name}.gain", n * self.p.lanes)
         if not inputs:
             stages = [stage("multiply", 0, 1, 4), stage("multiply", 4, 2, 4)]
-            self.at[op.writes[0]] = line.simd(name, name, [(r, 0), (scale, 1), (gain, 0)], stages, n, result=4, round=1)
+            self.at[op.writes[0]] = line.simd(
+                name, name, [(r, 0), (scale, 1), (gain, 0)], stages, n, result=4, round=1
+            )
             return
         bias = self._constant(f"{name}.bias", name, f"{name}.bias", n * self.p.lanes)
         normal = line.simd(
@@ -791,7 +980,9 @@ class Vectors:
             [stage("subtract", 0, 1, 4), stage("multiply", 4, 2, 4)], n, result=4,
         )  # fmt: skip
         stages = [stage("multiply", 0, 1, 4), stage("add", 4, 2, 4)]
-        self.at[op.writes[0]] = line.simd(name, name, [(normal, 0), (gain, 0), (bias, 0)], stages, n, result=4, round=1)
+        self.at[op.writes[0]] = line.simd(
+            name, name, [(normal, 0), (gain, 0), (bias, 0)], stages, n, result=4, round=1
+        )
 
     def _product(self, op: Op) -> None:
         line, name, lanes = self.line, op.name, self.p.lanes
@@ -815,7 +1006,13 @@ class Vectors:
             weights = [f"{name}.{i}.w{j}" for j in range(units)]
             sums.append(
                 line.vector_product(
-                    f"{name}.{i}", name, r, own, each, [weights] * line.groups, rounded=parts == 1 and not biased
+                    f"{name}.{i}",
+                    name,
+                    r,
+                    own,
+                    each,
+                    [weights] * line.groups,
+                    rounded=parts == 1 and not biased,
                 )
             )
         sums = [replace(f, columns=strips) for f in sums]  # the last unit may have more
@@ -829,7 +1026,13 @@ class Vectors:
             flows.append(self._constant(f"{name}.bias", name, f"{name}.bias", columns))
         flows = self._fewer(name, name, flows, strips)
         self.at[op.writes[0]] = line.simd(
-            f"{name}.total", name, [(f, 0) for f in flows], self._joined(len(flows)), strips, result=4, round=1
+            f"{name}.total",
+            name,
+            [(f, 0) for f in flows],
+            self._joined(len(flows)),
+            strips,
+            result=4,
+            round=1,
         )
 
     def _positions(self, op: Op) -> None:
@@ -841,17 +1044,30 @@ class Vectors:
         turned = qkv
         if m.position == "rotary":
             if dim % 2:
-                raise UserError(f"{m.name}: half a head of {m.head_dim} columns is no multiple of the {lanes} lanes")
+                raise UserError(
+                    f"{m.name}: half a head of {m.head_dim} columns is no multiple of the {lanes} lanes"
+                )
             half = dim // 2
             x = line.read(f"{name}.x", name, qkv, [(dim, 1), (heads, dim)])
             other = line.read(f"{name}.other", name, qkv, [(half, 1), (2, -half), (heads, dim)], first=half)
             tables = [
-                line.read(f"{name}.{t}", name, line.load(f"{name}.{t}.in", name, t, dim, row=0), [(dim, 1), (heads, 0)])
+                line.read(
+                    f"{name}.{t}",
+                    name,
+                    line.load(f"{name}.{t}.in", name, t, dim, row=0),
+                    [(dim, 1), (heads, 0)],
+                )
                 for t in ("cos", "sin")
             ]
             stages = [stage("multiply", 0, 2, 4), stage("multiply", 1, 3, 5), stage("add", 4, 5, 4)]
             turned = line.simd(
-                f"{name}.turn", name, [(f, 0) for f in (x, other, *tables)], stages, heads * dim, result=4, round=1
+                f"{name}.turn",
+                name,
+                [(f, 0) for f in (x, other, *tables)],
+                stages,
+                heads * dim,
+                result=4,
+                round=1,
             )
         self.at[op.writes[0]] = turned
         for at, source, first in (("keys", turned, s.q_dim), ("values", qkv, s.q_dim + s.kv_dim)):
@@ -882,15 +1098,28 @@ class Vectors:
             # The token itself.
             q = line.read(f"{head}.q", name, turned, [(packets, 1)], first=h * packets)
             k = line.read(f"{head}.k", name, turned, [(packets, 1)], first=(s.heads + own) * packets)
-            v = line.read(f"{head}.v", name, qkv, [(packets, 1)], first=(s.heads + s.kv_heads + own) * packets)
-            dot = line.simd(
-                f"{head}.dot", name, [(q, 0), (k, 0)], [stage("multiply", 0, 1, 4)], packets, result=4, fold="add", tree="add"
+            v = line.read(
+                f"{head}.v", name, qkv, [(packets, 1)], first=(s.heads + s.kv_heads + own) * packets
             )
-            self_score = line.simd(f"{head}.self", name, [(dot, 0)], [stage("multiply", 0, scale, 4)], 1, result=4)
+            dot = line.simd(
+                f"{head}.dot",
+                name,
+                [(q, 0), (k, 0)],
+                [stage("multiply", 0, 1, 4)],
+                packets,
+                result=4,
+                fold="add",
+                tree="add",
+            )
+            self_score = line.simd(
+                f"{head}.self", name, [(dot, 0)], [stage("multiply", 0, scale, 4)], 1, result=4
+            )
             tops = [self_score]
             scores = None
             if hidden is not None:
-                x = line.read(f"{head}.query", name, turned, [(dim, 1), (strips, 0)], first=h * dim, words=True)
+                x = line.read(
+                    f"{head}.query", name, turned, [(dim, 1), (strips, 0)], first=h * dim, words=True
+                )
                 units = [[keys[g][own][c][mine] for c in range(chunks)] for g in range(line.groups)]
                 raw = line.vector_product(f"{head}.score", name, x, dim, strips, units, rounded=False)
                 r = line.read(f"{head}.scores", name, raw, [(whole, 1)])
@@ -901,44 +1130,76 @@ class Vectors:
                     f"{head}.masked", name, [(r, 0), (mask, 0)],
                     [stage("multiply", 0, scale, 4), *biased, stage("add", 4, 5, 4)], whole, result=4,
                 )  # fmt: skip
-                tops.append(line.simd(f"{head}.max", name, [(scores, 0)], [], whole, fold="maximum", tree="maximum"))
-            top = line.simd(f"{head}.top", name, [(f, 0) for f in tops], self._joined(len(tops), "maximum"), 1, result=4)
+                tops.append(
+                    line.simd(f"{head}.max", name, [(scores, 0)], [], whole, fold="maximum", tree="maximum")
+                )
+            top = line.simd(
+                f"{head}.top", name, [(f, 0) for f in tops], self._joined(len(tops), "maximum"), 1, result=4
+            )
             own_power = line.simd(
                 f"{head}.own", name, [(self_score, 0), (top, 0)], [stage("subtract", 0, 1, 4)], 1, result=4,
                 function="exp", round=1,
             )  # fmt: skip
             sums = [own_power]
-            parts = [line.simd(f"{head}.ownv", name, [(v, 0), (own_power, 1)], [stage("multiply", 0, 1, 4)], packets, result=4)]
+            parts = [
+                line.simd(
+                    f"{head}.ownv",
+                    name,
+                    [(v, 0), (own_power, 1)],
+                    [stage("multiply", 0, 1, 4)],
+                    packets,
+                    result=4,
+                )
+            ]
             if scores is not None:
-                r = line.read(f"{head}.second", name, scores, [(whole, 1)], after=tuple(src[0] for src in top.sources))
+                r = line.read(
+                    f"{head}.second", name, scores, [(whole, 1)], after=tuple(src[0] for src in top.sources)
+                )
                 power = line.simd(
                     f"{head}.exp", name, [(r, 0), (top, 1)], [stage("subtract", 0, 1, 4)], whole, result=4,
                     function="exp", round=1,
                 )  # fmt: skip
                 sums.append(line.simd(f"{head}.sum", name, [(power, 0)], [], whole, fold="add", tree="add"))
                 for c in range(chunks):
-                    x = line.read(f"{head}.p{c}", name, power, [(width, 1), (packets, 0)], first=c * width, words=True)
+                    x = line.read(
+                        f"{head}.p{c}", name, power, [(width, 1), (packets, 0)], first=c * width, words=True
+                    )
                     units = [[values[g][own][c][mine]] for g in range(line.groups)]
-                    part = line.vector_product(f"{head}.value{c}", name, x, width, packets, units, rounded=False)
+                    part = line.vector_product(
+                        f"{head}.value{c}", name, x, width, packets, units, rounded=False
+                    )
                     parts.append(line.read(f"{head}.part{c}", name, part, [(packets, 1)]))
             inverse = line.simd(
-                f"{head}.inverse", name, [(f, 0) for f in sums], self._joined(len(sums)), 1, result=4, function="reciprocal"
+                f"{head}.inverse",
+                name,
+                [(f, 0) for f in sums],
+                self._joined(len(sums)),
+                1,
+                result=4,
+                function="reciprocal",
             )
             parts = self._fewer(f"{head}.out", name, parts, packets, room=1)
             n = len(parts)
             outs.append(
                 line.simd(
-                    f"{head}.out", name, [*((f, 0) for f in parts), (inverse, 1)],
-                    [*self._joined(n, to=4 + n), stage("multiply", 4 + n, n, 4)], packets, result=4, round=1,
+                    f"{head}.out",
+                    name,
+                    [*((f, 0) for f in parts), (inverse, 1)],
+                    [*self._joined(n, to=4 + n), stage("multiply", 4 + n, n, 4)],
+                    packets,
+                    result=4,
+                    round=1,
                     sequence=h * packets if s.heads > 1 else 0,
-                )  # fmt: skip
+                )
             )
         self.at[op.writes[0]] = Flow(
             s.heads * packets, tuple(tuple(o.sources[g][0] for o in outs) for g in range(line.groups)), packets,
             ((),) * line.groups,
         )  # fmt: skip
 
-    def _cache(self, name: str, width: int) -> tuple[list[list[list[list[str]]]], list[list[list[list[str]]]]]:
+    def _cache(
+        self, name: str, width: int
+    ) -> tuple[list[list[list[list[str]]]], list[list[list[list[str]]]]]:
         """Memory units with the keys and the values of each sequence and head, by chunk."""
         s, dim = self.share, self.model.head_dim
         found = [
@@ -955,7 +1216,9 @@ class Vectors:
         return found[0], found[1]
 
     def _reduce(self, op: Op) -> None:
-        self.at[op.writes[0]] = self.line.all_reduce(op.name, op.name, self.at[op.reads[0]], self.share.sockets)
+        self.at[op.writes[0]] = self.line.all_reduce(
+            op.name, op.name, self.at[op.reads[0]], self.share.sockets
+        )
 
     def _activation(self, op: Op) -> None:
         line, m, name = self.line, self.model, op.name

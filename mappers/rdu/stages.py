@@ -20,13 +20,22 @@ from typing import Any
 import numpy as np
 
 from tilewright.arch.errors import UserError
-from tilewright.arch.rdu import ADDRESS_BITS, INPUTS, LEVELS, SEQUENCE_BITS, TOKENS, TOKENS_HELD, RduParams, is_pcu
+from tilewright.arch.rdu import (
+    ADDRESS_BITS,
+    INPUTS,
+    LEVELS,
+    SEQUENCE_BITS,
+    TOKENS,
+    TOKENS_HELD,
+    RduParams,
+    is_pcu,
+)
 
 __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column", "stage"]
 
 BF16_BYTES = 2
 LOADED = "loaded"
-LEAST = Fraction(1, 48)
+LEAST = Fraction(1, 64)
 """Rate that the rarest stream is given to route it by."""
 _RING = 1 << ADDRESS_BITS
 
@@ -41,7 +50,9 @@ def constant(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
-def stage(operation: str, a: int, b: int | float | str = 0, to: int = 0, *, kind: str = "fp32", **fields: Any) -> dict[str, Any]:
+def stage(
+    operation: str, a: int, b: float | str = 0, to: int = 0, *, kind: str = "fp32", **fields: Any
+) -> dict[str, Any]:
     """A stage of the SIMD pipeline: registers a and b into register `to`.
 
     b may be a float, a constant word of `constant`, or "lane"; `counter=n` makes b the index of loop n.
@@ -133,6 +144,8 @@ class Pipeline:
         """Sides that begin each block together."""
         self.loads: list[str] = []
         """A memory unit of each gate that fills some once."""
+        self.filled: list[str] = []
+        """Memory units that are filled once, and read from when all gates that do so are through."""
         self.resting: set[str] = set()
         """Units whose packets wait on their way until others come."""
         self.arguments: list[Region] = []
@@ -170,7 +183,9 @@ class Pipeline:
         waits = self.units[unit].waits
         index = waits.get(side, 0)
         if index == TOKENS:
-            raise UserError(f"unit {unit}: its {side or 'chain'} must wait for more than {TOKENS} control inputs")
+            raise UserError(
+                f"unit {unit}: its {side or 'chain'} must wait for more than {TOKENS} control inputs"
+            )
         waits[side] = index + 1
         prefix = f"{side}_" if side else ""
         fields = self.units[unit].fields
@@ -197,13 +212,18 @@ class Pipeline:
             sinks = sorted(bundle, key=lambda sink: order[sink])
             needs = list(dict.fromkeys(need for sink in sinks for need in self.starts[sink]))
             unit = _side(sinks[0])[0]
-            for source, hold in self._joined(f"{unit}.join", self.units[unit].tag, needs, TOKENS, self.blocks):
+            for source, hold in self._joined(
+                f"{unit}.join", self.units[unit].tag, needs, TOKENS, self.blocks
+            ):
                 for sink in sinks:
                     self.wire(source, sink, hold)
         if LOADED in self.units and self.loads:
             every = [(f"{unit}.write", 0) for unit in self.loads]
             for source, hold in self._joined("loaded", "load", every, TOKENS, 1):
                 self.wire(source, LOADED, hold)
+            for unit in self.filled:
+                self.wire(LOADED, f"{unit}.read")
+            self.filled.clear()
         self.starts.clear()
         self.bundles.clear()
         self.loads.clear()
@@ -217,7 +237,9 @@ class Pipeline:
         ready = Flow(1, ((LOADED,),) * self.groups, 1)
         return self.simd(f"{name}.admit", tag, [(flow, 0), (ready, LEVELS)], [], flow.columns)
 
-    def _joined(self, name: str, tag: str, needs: list[tuple[str, int]], most: int, times: int) -> list[tuple[str, int]]:
+    def _joined(
+        self, name: str, tag: str, needs: list[tuple[str, int]], most: int, times: int
+    ) -> list[tuple[str, int]]:
         """Tokens, (source, held at first), as at most `most`, by compute units that each take some and give one."""
         level = 0
         while len(needs) > most:
@@ -225,7 +247,9 @@ class Pipeline:
             for i in range(0, len(needs), TOKENS):
                 some = needs[i : i + TOKENS]
                 if len(some) > 1:
-                    unit = self.unit(f"{name}{level}.{i // TOKENS}", "pcu", tag, mode="simd", vectors=0, count0=times)
+                    unit = self.unit(
+                        f"{name}{level}.{i // TOKENS}", "pcu", tag, mode="simd", vectors=0, count0=times
+                    )
                     self.work[unit] = times
                     for source, hold in some:
                         self.wire(source, unit, hold)
@@ -241,7 +265,9 @@ class Pipeline:
             self.arguments.append(region)
         return self.arguments.index(region)
 
-    def chain(self, name: str, prefix: str, loops: Sequence[tuple[int, int]], ring: int = _RING) -> dict[str, int]:
+    def chain(
+        self, name: str, prefix: str, loops: Sequence[tuple[int, int]], ring: int = _RING
+    ) -> dict[str, int]:
         """Counts and strides of nested loops, the innermost first."""
         kept = list(loops)
         if len(kept) > LEVELS:
@@ -260,7 +286,18 @@ class Pipeline:
 
     # ---- stages -------------------------------------------------------------------------------------
 
-    def load(self, name: str, tag: str, tensor: str, columns: int, *, tier: str = "hbm", offset: int = 0, row: int | None = None, words: bool = False) -> Flow:
+    def load(
+        self,
+        name: str,
+        tag: str,
+        tensor: str,
+        columns: int,
+        *,
+        tier: str = "hbm",
+        offset: int = 0,
+        row: int | None = None,
+        words: bool = False,
+    ) -> Flow:
         """A matrix from off-chip memory, bfloat16 or `words`, blocks of columns of lanes; `row` bytes from block to block."""
         lanes = self.p.lanes
         column = lanes * (4 if words else BF16_BYTES)
@@ -270,7 +307,14 @@ class Pipeline:
             loops = [(columns, column), (self.blocks, self.groups * pitch)]
             names.append(
                 self.gate(
-                    f"{name}.{g}", tag, "load", tier, tensor, offset + g * pitch, loops, form="word" if words else "bf16"
+                    f"{name}.{g}",
+                    tag,
+                    "load",
+                    tier,
+                    tensor,
+                    offset + g * pitch,
+                    loops,
+                    form="word" if words else "bf16",
                 )
             )
         return Flow(columns, tuple((n,) for n in names), columns, tuple((n,) for n in names))
@@ -294,7 +338,19 @@ class Pipeline:
         self.tiers[tensor] = tier
         return name
 
-    def store(self, name: str, tag: str, flow: Flow, tensor: str, *, tier: str = "hbm", offset: int = 0, row: int | None = None, column: int | None = None, sign: bool = False) -> tuple[str, ...]:
+    def store(
+        self,
+        name: str,
+        tag: str,
+        flow: Flow,
+        tensor: str,
+        *,
+        tier: str = "hbm",
+        offset: int = 0,
+        row: int | None = None,
+        column: int | None = None,
+        sign: bool = False,
+    ) -> tuple[str, ...]:
         """Store a matrix of one source a group, as `load` finds it; `column` bytes from column to column."""
         step = self.p.lanes * BF16_BYTES if column is None else column
         pitch = flow.columns * step if row is None else row
@@ -324,7 +380,12 @@ class Pipeline:
         slot = 1 << (size - 1).bit_length()
         bits: dict[str, int] = {}
         count = self.p.banks.bit_length() - 1
-        if self.buffers > 1 and self.buffers * slot <= self.capacity and lanes <= self.p.banks // 2 and slot >= self.p.banks // 2:
+        if (
+            self.buffers > 1
+            and self.buffers * slot <= self.capacity
+            and lanes <= self.p.banks // 2
+            and slot >= self.p.banks // 2
+        ):
             bits = {f"bank_bit{count - 1}": slot.bit_length() - 1}  # buffers in banks of their own
         else:
             slot = size
@@ -459,7 +520,18 @@ class Pipeline:
         out = self.simd(f"{name}.spread", tag, [(words, 0)], [], n)
         return replace(out, network="scalar")
 
-    def product(self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[Sequence[str]], columns: int, *, rounded: bool = True) -> Flow:
+    def product(
+        self,
+        name: str,
+        tag: str,
+        x: Flow,
+        depth: int,
+        strips: int,
+        weights: Sequence[Sequence[str]],
+        columns: int,
+        *,
+        rounded: bool = True,
+    ) -> Flow:
         """A matrix product on systolic arrays: each unit multiplies the block with `strips` strips of columns.
 
         `x` is read depth x strips times a block; `weights[g]` are memory units, one for each unit of group g, whose
@@ -505,14 +577,25 @@ class Pipeline:
         parts = exchanged("parts", self.read(f"{name}.out", tag, flow, [(width * others, 1)], first=width))
         each = self.read(f"{name}.parts.in", tag, parts, [(others, width), (width, 1)])
         total = self.simd(
-            f"{name}.others", tag, [(each, 0)], [], others * width, loops=[others, width], fold="add", fold_level=1
+            f"{name}.others",
+            tag,
+            [(each, 0)],
+            [],
+            others * width,
+            loops=[others, width],
+            fold="add",
+            fold_level=1,
         )
         own = self.read(f"{name}.own", tag, flow, [(width, 1)])
-        total = self.simd(f"{name}.sum", tag, [(own, 0), (total, 0)], [stage("add", 0, 1, 4)], width, result=4, round=1)
+        total = self.simd(
+            f"{name}.sum", tag, [(own, 0), (total, 0)], [stage("add", 0, 1, 4)], width, result=4, round=1
+        )
         sums = exchanged("sums", self.read(f"{name}.sums.out", tag, total, [(width, 1), (others, 0)]))
         slices = [self.read(f"{name}.slice0", tag, total, [(width, 1)])]
         slices += [
-            self.read(f"{name}.slice{i + 1}", tag, sums, [(width, 1)], part=(i, others), sequence=(i + 1) * width)
+            self.read(
+                f"{name}.slice{i + 1}", tag, sums, [(width, 1)], part=(i, others), sequence=(i + 1) * width
+            )
             for i in range(others)
         ]
         sources, readers = (
@@ -523,7 +606,13 @@ class Pipeline:
 
     # ---- what stays for the whole kernel ------------------------------------------------------------
 
-    def resident(self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[Sequence[str], int, Mapping[str, Any]]]]) -> None:
+    def resident(
+        self,
+        name: str,
+        tag: str,
+        tensor: str,
+        shares: Sequence[Sequence[tuple[Sequence[str], int, Mapping[str, Any]]]],
+    ) -> None:
         """Memory units that are filled once, from a tensor that holds their contents one after the other.
 
         `shares[i]` are those that one gate to memory fills: (units with the same contents, words, fields of the read
@@ -549,12 +638,15 @@ class Pipeline:
                         **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
                     )  # fmt: skip
                     self.wire(f"{unit}.write", f"{unit}.read")
+                    self.filled.append(unit)
                     self.resting.add(unit)
                     self.feed(gate, unit)
                     self.work[unit] = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
             offset += packets * lanes * BF16_BYTES
 
-    def weights(self, name: str, tag: str, tensor: str, depth: int, strips: int, units: int, gates: int) -> list[list[str]]:
+    def weights(
+        self, name: str, tag: str, tensor: str, depth: int, strips: int, units: int, gates: int
+    ) -> list[list[str]]:
         """Memory units with `strips` strips each of a weight matrix, for each group, filled through `gates` gates.
 
         The tensor holds strip after strip, row after row of it, as many columns as the array has; which columns are a
@@ -580,7 +672,13 @@ class Pipeline:
         fields = self.chain(name, "read_", [(length, 1), (self.blocks, 0)])
         lanes = self.p.lanes
         gate = self.gate(
-            f"{name}.load", tag, "load", "hbm", tensor, offset, [(ceil_div(length, lanes), lanes * BF16_BYTES)]
+            f"{name}.load",
+            tag,
+            "load",
+            "hbm",
+            tensor,
+            offset,
+            [(ceil_div(length, lanes), lanes * BF16_BYTES)],
         )
         held = ceil_div(length, lanes) * lanes
         for unit in names:
@@ -594,12 +692,14 @@ class Pipeline:
             self.work[unit] = length * self.blocks
         out = self.spread(name, tag, Flow(length, tuple((n,) for n in names), length))
         self.loads.append(names[0])
-        for unit in names:
-            self.resting.add(unit)
+        self.filled += names
+        self.resting.update(names)
         self.resting.update(unit for row in out.sources for unit in row)
         return replace(out, readers=())
 
-    def streamed(self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[str, int, str]]]) -> None:
+    def streamed(
+        self, name: str, tag: str, tensor: str, shares: Sequence[Sequence[tuple[str, int, str]]]
+    ) -> None:
         """Memory units that are read in the order in which they are filled, from a tensor that holds their contents.
 
         `shares[i]` are those that one gate to memory fills, (unit, packets, tag), one after the other. Each keeps its
@@ -620,7 +720,9 @@ class Pipeline:
             loops = [(step, lanes), (steps, step * lanes)]
             for unit, packets, own in share:
                 if packets * lanes > self.capacity:
-                    raise UserError(f"unit {unit}: {packets * lanes} words exceed the {self.capacity} of a PMU")
+                    raise UserError(
+                        f"unit {unit}: {packets * lanes} words exceed the {self.capacity} of a PMU"
+                    )
                 self.unit(
                     unit, "pmu", own, enable=3, low=low, words=packets * lanes,
                     **self.chain(unit, "write_", loops), write_signal_level=1,
@@ -635,7 +737,15 @@ class Pipeline:
             offset += steps * step * lanes * BF16_BYTES
 
     def vector_product(
-        self, name: str, tag: str, x: Flow, depth: int, strips: int, weights: Sequence[Sequence[str]], *, rounded: bool = True
+        self,
+        name: str,
+        tag: str,
+        x: Flow,
+        depth: int,
+        strips: int,
+        weights: Sequence[Sequence[str]],
+        *,
+        rounded: bool = True,
     ) -> Flow:
         """A vector times a matrix on SIMD pipelines: lane n adds up x[k] * w[k, n], a packet for each strip of lanes.
 

@@ -92,7 +92,9 @@ def random_weights(model, rng):
     if m.attention_out_bias:
         w["attention_out.bias"] = make(d)
     if m.mlp_bias:
-        w |= {"up.bias": make(m.d_ff), "down.bias": make(d)} | ({"gate.bias": make(m.d_ff)} if m.gated_mlp else {})
+        w |= {"up.bias": make(m.d_ff), "down.bias": make(d)} | (
+            {"gate.bias": make(m.d_ff)} if m.gated_mlp else {}
+        )
     return w, make
 
 
@@ -125,8 +127,16 @@ def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
         name = tensor[:-2]
         op, out, part = name.split(".")
         units = [u for u in line.units if u.startswith(f"{name}.w") and u.endswith(".0")]
-        outs = {r.tensor.split(".")[1] for r in line.arguments if r.tensor.startswith(f"{op}.") and r.tensor.endswith(".w")}
-        parts = {r.tensor.split(".")[2] for r in line.arguments if r.tensor.startswith(f"{op}.") and r.tensor.endswith(".w")}
+        outs = {
+            r.tensor.split(".")[1]
+            for r in line.arguments
+            if r.tensor.startswith(f"{op}.") and r.tensor.endswith(".w")
+        }
+        parts = {
+            r.tensor.split(".")[2]
+            for r in line.arguments
+            if r.tensor.startswith(f"{op}.") and r.tensor.endswith(".w")
+        }
         own = np.split(np.split(w[op], len(outs), axis=1)[int(out)], len(parts))[int(part)]
         strips, (depth, n) = line.units[units[0]].fields["read_count1"], own.shape
         width = strips * p.stages
@@ -142,7 +152,10 @@ def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
     ops = layer_operators(m)
     first = [op.kind for op in ops].index("attention")
     lines = []
-    for some, keep in ((ops[:first], [t for t in ("q", "y") if any(t in op.writes for op in ops[:first])]), (ops[first:], ["z"])):
+    for some, keep in (
+        (ops[:first], [t for t in ("q", "y") if any(t in op.writes for op in ops[:first])]),
+        (ops[first:], ["z"]),
+    ):
         builder = Rows(p, Share(m), tiles, keys=keys, context=context, window=window)
         lines.append(builder.build(some, keep))
     hbm = run(spec, lines, memory, fill)
@@ -195,12 +208,20 @@ def token(model, *, context, keys, pitch=32, batch=1, chunks=1, words=1, gates=2
     past = make(2, batch, pitch, m.kv_dim)
     mask = reference.words(np.where(np.arange(keys) < context, 0, reference.LOWEST))
     memory = Memory(4 * lanes)
-    for name, data in {"x": half(x), "z": half(x), "cos": half(cos), "sin": half(sin), "mask": half(mask)}.items():
+    for name, data in {
+        "x": half(x),
+        "z": half(x),
+        "cos": half(cos),
+        "sin": half(sin),
+        "mask": half(mask),
+    }.items():
         memory.put(name, data)
     for name, cache in zip(("keys", "values"), past, strict=True):
         memory.put(name, half(cache.transpose(0, 2, 1)))
         memory.at[f"{name}.new"] = memory.at[name] + 2 * context
-    builder = Vectors(p, Share(m), batch=batch, keys=keys, pitch=pitch, chunks=chunks, words=words, gates=gates)
+    builder = Vectors(
+        p, Share(m), batch=batch, keys=keys, pitch=pitch, chunks=chunks, words=words, gates=gates
+    )
     line = builder.build(layer_operators(m, token=True), ["z"])
 
     def fill(line, tensor):
@@ -211,7 +232,9 @@ def token(model, *, context, keys, pitch=32, batch=1, chunks=1, words=1, gates=2
             own = w[bank.name][bank.part * bank.depth : (bank.part + 1) * bank.depth]
             whole = np.pad(own, ((0, 0), (0, bank.units * bank.strips * lanes - own.shape[1])))
             for part in np.split(whole, bank.units, axis=1):
-                shares[at % gates].append(part.reshape(bank.depth, bank.strips, lanes).transpose(1, 0, 2).reshape(-1, lanes))
+                shares[at % gates].append(
+                    part.reshape(bank.depth, bank.strips, lanes).transpose(1, 0, 2).reshape(-1, lanes)
+                )
                 at += 1
         held = []
         for i, share in enumerate(shares):
@@ -222,7 +245,11 @@ def token(model, *, context, keys, pitch=32, batch=1, chunks=1, words=1, gates=2
 
     hbm = run(spec, [line], memory, fill)
     got = hbm[memory.at["z"] :][: 2 * batch * d].view(np.uint16).reshape(batch, d)
-    cache = hbm[memory.at["keys"] :][: 2 * batch * pitch * m.kv_dim].view(np.uint16).reshape(batch, m.kv_dim, pitch)
+    cache = (
+        hbm[memory.at["keys"] :][: 2 * batch * pitch * m.kv_dim]
+        .view(np.uint16)
+        .reshape(batch, m.kv_dim, pitch)
+    )
     parts = {bank.name: bank.part + 1 for bank in builder.banks}
     rotary = m.position == "rotary"
     expected = [

@@ -131,7 +131,7 @@ MUTANTS = (
         partial(
             _rtl,
             "tokens",
-            "Tokens.elaborate",
+            "TokenNetwork.elaborate",
             "ticks.eq(p.token * (dx + dy + 1))",
             "ticks.eq(p.token * (dx + dy) + 1)",
         ),
