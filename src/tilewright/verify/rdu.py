@@ -439,7 +439,7 @@ class _Draft:
             "words": self.pick(self.words, 11),
             **_counts(values, "write_"),
             **self.pattern("write_", values, self.words),
-            "sequence_scale": self.pick(0, 0, 1, 3),
+            "sequence_scale": self.pick(0, 1, 1, 3),
             **self.throttle("write_"),
             **self.bank_bits(),
             **self.common(),
