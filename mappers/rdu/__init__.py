@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ NUMBERS = {
     "percent": (1, 100),
 }
 DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 92}
-TRIES = 4
+TRIES = 8
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
+HOPELESS = 40
+"""Links with which other seeds are not tried."""
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
     *(
@@ -167,6 +170,11 @@ def map_model(
     )
 
 
+def _name(choice: Choice) -> str:
+    names = [op.name for op in choice.ops]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
 def _blocked(built: Built, resting: Iterable[str]) -> int:
     """Links that a stream shares with one whose packets may wait on their way until others come."""
     claims = set(resting)
@@ -245,9 +253,9 @@ class _Mapper:
         ops = layer_operators(m, self.share.sockets)
         first = [op.kind for op in ops].index("attention")
 
-        def plan(some: Sequence[Op], keep: Sequence[str]) -> Choice | None:
+        def plan(some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits) -> Choice | None:
             return plan_rows(
-                p, self.share, some, keep, self.limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
+                p, self.share, some, keep, limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
                 window=window if window is not None and window < keys else None,
                 groups=self.document["groups"] or None,
             )  # fmt: skip
@@ -256,7 +264,9 @@ class _Mapper:
         for some, later in ((ops[:first], ops[first:]), (ops[first:], [])):
             result = [*kept(some, later, ["z"])]
             choices += self._cut(some, result, plan, "prompt")
-        layers = [self._kernel("prompt", choice) for choice in choices]
+        layers = [
+            self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
+        ]
         for b in range(s.batch):
             self._embed(step, s.prompt)
             for layer in range(m.layers):
@@ -308,6 +318,7 @@ class _Mapper:
             self._head(step)
 
     def _head(self, step: int) -> None:
+        """The LM head of one vector, the last row of a prompt, which the host has put there, or a token's."""
         m = self.model
         if not (self.scenario.lm_head and m.causal):
             return
@@ -368,28 +379,47 @@ class _Mapper:
     def _cache_bytes(self) -> int:
         return self.share.kv_dim * self.pitch * BF16_BYTES
 
-    def _kernel(self, phase: str, choice: Choice) -> int:
-        """Place and route a section."""
-        names = [op.name for op in choice.ops]
-        name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        section = Section(self.p, f"{phase} {name}")
-        choice.line.into(section, choice.ticks(self.p))
+    def _kernel(
+        self, phase: str, choice: Choice, smaller: Callable[[Limits], Choice | None] | None = None
+    ) -> int:
+        """Place and route a section.
+
+        Where streams share links with some that wait for others, they may come to wait for one another. Other seeds are
+        tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted.
+        """
         start = time.monotonic()
-        best: tuple[int, Built] | None = None
-        for seed in range(self.document["seed"], self.document["seed"] + TRIES):
-            built = section.build(seed=seed, moves=self.document["moves"] or None)
-            blocked = _blocked(built, choice.line.resting)
-            if best is None or blocked < best[0]:
-                best = blocked, built
-            if not blocked:
+        limits = self.limits
+        best: tuple[int, Choice, Built] | None = None
+        while True:
+            for seed in range(self.document["seed"], self.document["seed"] + TRIES):
+                section = Section(self.p, f"{phase} {_name(choice)}")
+                choice.line.into(section, choice.ticks(self.p))
+                try:
+                    built = section.build(seed=seed, moves=self.document["moves"] or None)
+                except UserError:  # more streams on a link than it has flows
+                    continue
+                blocked = _blocked(built, choice.line.resting)
+                if best is None or blocked < best[0]:
+                    best = blocked, choice, built
+                if blocked > HOPELESS or not blocked:
+                    break
+            if smaller is None or (best is not None and not best[0]):
                 break
-        assert best is not None
-        blocked, built = best
+            limits = Limits(limits.pcu * 2 // 3, limits.pmu * 2 // 3, limits.agcu)
+            fewer = smaller(limits)
+            if fewer is None:
+                break
+            choice = fewer
+        if best is None:
+            raise UserError(
+                f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
+            )
+        blocked, choice, built = best
         if blocked:
             self.notes.append(
-                f"{phase}, {name}: {blocked} links are shared with streams that wait for others"
+                f"{phase}, {_name(choice)}: {blocked} links are shared with streams that wait for others; it may stop for good"
             )
-        self.kernels.append(Kernel(name, phase, choice, built, time.monotonic() - start))
+        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start))
         return len(self.kernels) - 1
 
     def _tag(self, kernel: int, layer: int) -> str:

@@ -25,7 +25,7 @@ __all__ = ["LOWEST", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached"
 
 LOWEST = -1e30
 """What the score of a masked key is."""
-MEETING = 64
+MEETING = 48
 """Streams of results that meet at one buffer, where their weights allow so few."""
 UNITS = float(1 << 23)
 """A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
@@ -317,13 +317,9 @@ class Rows:
                 sums.append(line.simd(f"{name}.sum{i}", name, [(r, 0)], [], part.columns, fold="add"))
             sums = self._total(f"{name}.mean", name, sums)
             mean = line.simd(
-                f"{name}.mean",
-                name,
-                [(f, 0) for f in sums],
-                [*self._joined(len(sums)), stage("multiply", 4, inverse, 4)],
-                1,
-                result=4,
-            )
+                f"{name}.mean", name, [(f, 0) for f in sums],
+                [*self._joined(len(sums)), stage("multiply", 4, inverse, 4)], 1, result=4,
+            )  # fmt: skip
             inputs, after = [(mean, 1)], tuple(s[0] for s in mean.sources)
         squares = []
         centre = [stage("subtract", 0, 1, 4)] if inputs else [stage("pass", 0, 0, 4)]
@@ -342,14 +338,10 @@ class Rows:
             )
         squares = self._total(f"{name}.scale", name, squares)
         scale = line.simd(
-            f"{name}.scale",
-            name,
-            [(f, 0) for f in squares],
-            [*self._joined(len(squares)), stage("multiply", 4, inverse, 4), stage("add", 4, eps, 4)],
-            1,
-            result=4,
-            function="rsqrt",
-        )
+            f"{name}.scale", name, [(f, 0) for f in squares],
+            [*self._joined(len(squares)), stage("multiply", 4, inverse, 4), stage("add", 4, eps, 4)], 1,
+            result=4, function="rsqrt",
+        )  # fmt: skip
         after = tuple(s[0] for s in scale.sources)
         out = []
         for i, part in enumerate(x):
@@ -366,13 +358,9 @@ class Rows:
                 continue
             bias = line.broadcast(f"{name}.bias{i}", name, f"{name}.bias", n, offset=i * n * BF16_BYTES)
             normal = line.simd(
-                f"{name}.normal{i}",
-                name,
-                [(r, 0), *inputs, (scale, 1)],
-                [stage("subtract", 0, 1, 4), stage("multiply", 4, 2, 4)],
-                n,
-                result=4,
-            )
+                f"{name}.normal{i}", name, [(r, 0), *inputs, (scale, 1)],
+                [stage("subtract", 0, 1, 4), stage("multiply", 4, 2, 4)], n, result=4,
+            )  # fmt: skip
             out.append(
                 line.simd(
                     f"{name}.{i}",
@@ -519,15 +507,10 @@ class Rows:
             for k, flow in enumerate(scores):
                 r = line.read(f"{head}.second{k}", name, flow, [(width, 1)], after=after)
                 power = line.simd(
-                    f"{head}.exp{k}",
-                    name,
-                    [(r, 0), (top, 1)],
+                    f"{head}.exp{k}", name, [(r, 0), (top, 1)],
                     [*self._masked(k * width, h), stage("subtract", 4, 1, 4)],
-                    width,
-                    result=4,
-                    function="exp",
-                    round=1,
-                )
+                    width, result=4, function="exp", round=1,
+                )  # fmt: skip
                 sums.append(line.simd(f"{head}.sum{k}", name, [(power, 0)], [], width, fold="add"))
                 x = line.read(f"{head}.p{k}", name, power, [(width, 1), (wide, 0)])
                 out = line.product(
@@ -560,15 +543,10 @@ class Rows:
                 flows = self._fewer(f"{head}.out{len(flows)}", name, flows, dim)
             n = len(flows)
             final = line.simd(
-                f"{head}.out",
-                name,
-                [*((f, 0) for f in flows), (inverse, 1)],
-                [*self._joined(n, to=4 + n), stage("multiply", 4 + n, n, 4)],
-                dim,
-                result=4,
-                round=1,
+                f"{head}.out", name, [*((f, 0) for f in flows), (inverse, 1)],
+                [*self._joined(n, to=4 + n), stage("multiply", 4 + n, n, 4)], dim, result=4, round=1,
                 sequence=h * dim if s.heads > 1 else 0,
-            )
+            )  # fmt: skip
             sources.append(final.sources)
             readers.append(final.readers)
         self.at[op.writes[0]] = [
@@ -803,39 +781,26 @@ def cached(
     for h in range(heads):
         if h % step == 0:
             gate = line.gate(
-                f"{name}.{h}.load",
-                tag,
-                "load",
-                "hbm",
-                what,
-                offset + h * head_bytes,
+                f"{name}.{h}.load", tag, "load", "hbm", what, offset + h * head_bytes,
                 [
-                    (tokens, p.lanes * BF16_BYTES),
-                    (dim, pitch * BF16_BYTES),
-                    (chunks, width * BF16_BYTES),
+                    (tokens, p.lanes * BF16_BYTES), (dim, pitch * BF16_BYTES), (chunks, width * BF16_BYTES),
                     (step, head_bytes),
                 ],
-            )
+            )  # fmt: skip
         chunk = []
         for k in range(chunks):
             low = (h % step * chunks + k) * size
             units = [f"{name}.{h}.{k}.{copy}" for copy in range(copies)]
             for unit in units:
                 line.unit(
-                    unit,
-                    "pmu",
-                    tag,
-                    enable=3,
-                    low=low,
-                    words=size,
-                    **line.chain(name, "write_", [*write, (step, chunks * size)]),
-                    write_signal_level=LEVELS,
-                    **fields,
-                    read_base=low,
-                    read_wait_level=LEVELS,
-                )
+                    unit, "pmu", tag, enable=3, low=low, words=size,
+                    **line.chain(name, "write_", [*write, (step, chunks * size)]), write_signal_level=LEVELS,
+                    **fields, read_base=low, read_wait_level=LEVELS,
+                )  # fmt: skip
                 line.wire(f"{unit}.write", f"{unit}.read")
                 line.feed(gate, unit)
+                if resident:
+                    line.filled.append(unit)
                 line.resting.add(unit)
                 line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
             if resident and h % step == 0 and k == 0:
@@ -998,14 +963,9 @@ class Vectors:
             tree="add",
         )
         scale = line.simd(
-            f"{name}.scale",
-            name,
-            [(square, 0)],
-            [stage("multiply", 0, inverse, 4), stage("add", 4, eps, 4)],
-            1,
-            result=4,
-            function="rsqrt",
-        )
+            f"{name}.scale", name, [(square, 0)], [stage("multiply", 0, inverse, 4), stage("add", 4, eps, 4)], 1,
+            result=4, function="rsqrt",
+        )  # fmt: skip
         r = line.read(f"{name}.third", name, x, [(n, 1)], after=tuple(s[0] for s in scale.sources))
         gain = self._constant(f"{name}.gain", name, f"{name}.gain", n * self.p.lanes)
         if not inputs:
@@ -1016,13 +976,9 @@ class Vectors:
             return
         bias = self._constant(f"{name}.bias", name, f"{name}.bias", n * self.p.lanes)
         normal = line.simd(
-            f"{name}.normal",
-            name,
-            [(r, 0), *inputs, (scale, 1)],
-            [stage("subtract", 0, 1, 4), stage("multiply", 4, 2, 4)],
-            n,
-            result=4,
-        )
+            f"{name}.normal", name, [(r, 0), *inputs, (scale, 1)],
+            [stage("subtract", 0, 1, 4), stage("multiply", 4, 2, 4)], n, result=4,
+        )  # fmt: skip
         stages = [stage("multiply", 0, 1, 4), stage("add", 4, 2, 4)]
         self.at[op.writes[0]] = line.simd(
             name, name, [(normal, 0), (gain, 0), (bias, 0)], stages, n, result=4, round=1
@@ -1118,15 +1074,9 @@ class Vectors:
             flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first, words=True)
             for g in range(line.groups):
                 gate = line.gate(
-                    f"{name}.{at}.store.{g}",
-                    name,
-                    "store",
-                    "hbm",
-                    f"{at}.new",
-                    g * s.kv_dim * self.pitch * BF16_BYTES,
-                    [(s.kv_dim, self.pitch * BF16_BYTES)],
-                    words=1,
-                )
+                    f"{name}.{at}.store.{g}", name, "store", "hbm", f"{at}.new", g * s.kv_dim * self.pitch * BF16_BYTES,
+                    [(s.kv_dim, self.pitch * BF16_BYTES)], words=1,
+                )  # fmt: skip
                 line.feed(flow.sources[g][0], gate)
 
     def _attention(self, op: Op) -> None:
@@ -1177,13 +1127,9 @@ class Vectors:
                 # With linear biases the mask is each key's distance.
                 biased = [stage("multiply", 1, slope(m.heads, h), 5)] if alibi else [stage("pass", 1, 1, 5)]
                 scores = line.simd(
-                    f"{head}.masked",
-                    name,
-                    [(r, 0), (mask, 0)],
-                    [stage("multiply", 0, scale, 4), *biased, stage("add", 4, 5, 4)],
-                    whole,
-                    result=4,
-                )
+                    f"{head}.masked", name, [(r, 0), (mask, 0)],
+                    [stage("multiply", 0, scale, 4), *biased, stage("add", 4, 5, 4)], whole, result=4,
+                )  # fmt: skip
                 tops.append(
                     line.simd(f"{head}.max", name, [(scores, 0)], [], whole, fold="maximum", tree="maximum")
                 )
@@ -1191,15 +1137,9 @@ class Vectors:
                 f"{head}.top", name, [(f, 0) for f in tops], self._joined(len(tops), "maximum"), 1, result=4
             )
             own_power = line.simd(
-                f"{head}.own",
-                name,
-                [(self_score, 0), (top, 0)],
-                [stage("subtract", 0, 1, 4)],
-                1,
-                result=4,
-                function="exp",
-                round=1,
-            )
+                f"{head}.own", name, [(self_score, 0), (top, 0)], [stage("subtract", 0, 1, 4)], 1, result=4,
+                function="exp", round=1,
+            )  # fmt: skip
             sums = [own_power]
             parts = [
                 line.simd(
@@ -1216,15 +1156,9 @@ class Vectors:
                     f"{head}.second", name, scores, [(whole, 1)], after=tuple(src[0] for src in top.sources)
                 )
                 power = line.simd(
-                    f"{head}.exp",
-                    name,
-                    [(r, 0), (top, 1)],
-                    [stage("subtract", 0, 1, 4)],
-                    whole,
-                    result=4,
-                    function="exp",
-                    round=1,
-                )
+                    f"{head}.exp", name, [(r, 0), (top, 1)], [stage("subtract", 0, 1, 4)], whole, result=4,
+                    function="exp", round=1,
+                )  # fmt: skip
                 sums.append(line.simd(f"{head}.sum", name, [(power, 0)], [], whole, fold="add", tree="add"))
                 for c in range(chunks):
                     x = line.read(
@@ -1259,11 +1193,9 @@ class Vectors:
                 )
             )
         self.at[op.writes[0]] = Flow(
-            s.heads * packets,
-            tuple(tuple(o.sources[g][0] for o in outs) for g in range(line.groups)),
-            packets,
+            s.heads * packets, tuple(tuple(o.sources[g][0] for o in outs) for g in range(line.groups)), packets,
             ((),) * line.groups,
-        )
+        )  # fmt: skip
 
     def _cache(
         self, name: str, width: int

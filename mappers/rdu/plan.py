@@ -4,15 +4,14 @@ A section is built for a choice of tiles, counted, and its busiest unit found; n
 For products, which take most units, shares come from `allocate`: the least interval that the rest of the units allows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import prod
 
 from tilewright.arch.errors import UserError
-from tilewright.arch.rdu import INPUTS, TIERS, RduParams
+from tilewright.arch.rdu import TIERS, RduParams
 from tilewright.mappers.rdu.allocate import Demand, Operator, allocate, cut_sections
-from tilewright.mappers.rdu.layer import Op, Rows, Share, Tiles, Vectors
+from tilewright.mappers.rdu.layer import MEETING, Op, Rows, Share, Tiles, Vectors
 from tilewright.mappers.rdu.stages import Pipeline, ceil_div
 
 __all__ = ["Choice", "Limits", "cut", "plan_rows", "plan_vectors"]
@@ -73,6 +72,9 @@ class Choice:
             tier = str(self.line.units[unit].fields["tier"])
             out[tier] = out.get(tier, 0) + n
         return out
+
+
+Plan = Callable[[Sequence[Op], Sequence[str]], Choice | None]
 
 
 def kept(ops: Sequence[Op], later: Sequence[Op], result: Sequence[str]) -> tuple[str, ...]:
@@ -140,7 +142,7 @@ def _fill(
             Demand(
                 op.name, "pcu", strips * outs * parts, depth // parts * tiles.blocks,
                 least=ceil_div(strips, most) * outs * parts,
-                most=min(strips, max(ceil_div(strips, most), p.flows * 3 // 4)) * outs * parts,  # streams to one buffer
+                most=min(strips, max(ceil_div(strips, most), MEETING)) * outs * parts,
             )
         )  # fmt: skip
         gates += outs * parts
@@ -241,14 +243,7 @@ def plan_vectors(
 
 
 def cut(
-    ops: Sequence[Op],
-    result: Sequence[str],
-    plan: object,
-    p: RduParams,
-    *,
-    fused: bool,
-    launch: int,
-    what: str,
+    ops: Sequence[Op], result: Sequence[str], plan: Plan, p: RduParams, *, fused: bool, launch: int, what: str
 ) -> list[Choice]:
     """Sections of `ops`: one if it fits and `fused`, else the cut that takes the fewest ticks, or one for each."""
     cache: dict[tuple[int, int], Choice | None] = {}
@@ -256,7 +251,7 @@ def cut(
     def at(first: int, stop: int) -> Choice | None:
         if (first, stop) not in cache:
             inside = ops[first:stop]
-            cache[first, stop] = plan(inside, kept(inside, ops[stop:], result))  # type: ignore[operator]
+            cache[first, stop] = plan(inside, kept(inside, ops[stop:], result))
         return cache[first, stop]
 
     if fused:
@@ -281,6 +276,3 @@ def cut(
         assert found is not None
         out.append(found)
     return out
-
-
-_ = (INPUTS, prod)

@@ -35,7 +35,7 @@ __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column",
 
 BF16_BYTES = 2
 LOADED = "loaded"
-LEAST = Fraction(1, 48)
+LEAST = Fraction(1, 64)
 """Rate that the rarest stream is given to route it by."""
 _RING = 1 << ADDRESS_BITS
 
@@ -144,6 +144,8 @@ class Pipeline:
         """Sides that begin each block together."""
         self.loads: list[str] = []
         """A memory unit of each gate that fills some once."""
+        self.filled: list[str] = []
+        """Memory units that are filled once, and read from when all gates that do so are through."""
         self.resting: set[str] = set()
         """Units whose packets wait on their way until others come."""
         self.arguments: list[Region] = []
@@ -222,6 +224,9 @@ class Pipeline:
             every = [(f"{unit}.write", 0) for unit in self.loads]
             for source, hold in self._joined("loaded", "load", every, TOKENS, 1):
                 self.wire(source, LOADED, hold)
+            for unit in self.filled:
+                self.wire(LOADED, f"{unit}.read")
+            self.filled.clear()
         self.starts.clear()
         self.bundles.clear()
         self.loads.clear()
@@ -636,6 +641,7 @@ class Pipeline:
                         **{**fields, "read_base": fields.get("read_base", 0) + low}, read_wait_level=LEVELS,
                     )  # fmt: skip
                     self.wire(f"{unit}.write", f"{unit}.read")
+                    self.filled.append(unit)
                     self.resting.add(unit)
                     self.feed(gate, unit)
                     self.work[unit] = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
@@ -689,8 +695,8 @@ class Pipeline:
             self.work[unit] = length * self.blocks
         out = self.spread(name, tag, Flow(length, tuple((n,) for n in names), length))
         self.loads.append(names[0])
-        for unit in names:
-            self.resting.add(unit)
+        self.filled += names
+        self.resting.update(names)
         self.resting.update(unit for row in out.sources for unit in row)
         return replace(out, readers=())
 

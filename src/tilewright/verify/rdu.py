@@ -439,7 +439,7 @@ class _Draft:
             "words": self.pick(self.words, 11),
             **_counts(values, "write_"),
             **self.pattern("write_", values, self.words),
-            "sequence_scale": self.pick(0, 0, 1, 3),
+            "sequence_scale": self.pick(0, 1, 1, 3),
             **self.throttle("write_"),
             **self.bank_bits(),
             **self.common(),
@@ -577,14 +577,22 @@ class _Draft:
         elif self.chance(0.35):
             fields |= {"fold": self.pick("add", "maximum", "minimum"), "fold_level": level}
             packets = events[level]
-        fields |= {"fold_type": self.pick(*arch.TYPES), "round": self.pick(0, 0, 1)}
+        fields |= {"fold_type": self.pick("fp32", *arch.TYPES), "round": self.pick(0, 0, 1)}
         fields["function"] = self.pick("none", "none", *arch.FUNCTIONS)
-        if not array and self.chance(0.3):
-            fields["tree"] = self.pick("add", "maximum", "minimum")
+        if not array and self.chance(0.4):
+            fields["tree"] = self.pick("add", "add", "maximum", "minimum")
         if not array and "fold" not in fields and "tree" not in fields and self.chance(0.4):
             fields |= {"gated": 1, "gate": int(self.rng.integers(0, p.registers))}
         fields["result"] = int(self.rng.integers(0, p.registers)) if self.chance(0.3) else 0
         stages = [self.stage(fields["result"]) for _ in range(int(self.rng.integers(0, p.stages + 1)))]
+        if not array and self.chance(0.3):  # sums of what came in, whose order shows
+            fields |= {
+                "tree": self.pick("none", "add", "add"),
+                "fold_type": self.pick("fp32", "bf16"),
+                "result": 0,
+            }
+            fields |= {"fold": "add", "fold_level": level, "function": "none", "round": 0, "gated": 0}
+            stages, packets = [], events[level]
         self.section.pcu(name, stages=stages, **fields)
         for given in inputs.values():
             for i, (taken, _) in enumerate(given):
@@ -853,10 +861,10 @@ _SPECIAL = (
 
 
 def _numbers(count: int, kind: int, rng: Rng) -> np.ndarray:
-    """Words: 0 ordinary floats, bfloat16 among them; 1 with specials and extremes; 2 small integers."""
+    """Words: 0 ordinary floats, bfloat16 among them; 1 specials and any bits among them, too; 2 small integers."""
     if kind == 2:
         return rng.integers(-9, 10, count).astype(np.int32).view(np.uint32)
-    scale = 1.0 if kind == 0 else np.exp2(rng.integers(-60, 60, count))
+    scale = np.exp2(rng.integers(-3, 4, count))  # near one another, so that sums are rounded
     words = (rng.standard_normal(count) * scale).astype(np.float32).view(np.uint32)
     words = np.where(rng.random(count) < 0.3, words & np.uint32(0xFFFF0000), words)
     if kind == 1:
