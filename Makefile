@@ -47,6 +47,7 @@ verify-long: $(VENV)/.test  ## all mutants, and RTL against model on a wide plan
 	TILEWRIGHT_LONG=1 $(PYTEST) -n $(JOBS) --dist worksteal $(wildcard tests/*/test_verify.py)
 	$(BIN)/tilewright verify pim --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 	$(BIN)/tilewright verify lut --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
+	$(BIN)/tilewright verify rdu --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 
 clean:  ## remove the environment, caches and builds
 	rm -rf $(VENV) .build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info

@@ -1,6 +1,6 @@
 """What a machine is asked to run, and what a mapper answers: the contract between the face and every target."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,7 +47,9 @@ class Mapped:
 
     `tags[i]` describes tag i of the program; `document` is the mapping as a person may read, keep and hand
     back (`--mapping-out`, `--mapping`); `steps` counts the program's segments. A segment is a step (the prompt, or a
-    token) of its own, unless `step_of` has the step of each.
+    token) of its own, unless `step_of` has the step of each. `draw` gives an SVG picture of the mapping, where
+    there is one. `beside` are mapping documents of ways to do without what this mapping does, by name: they are
+    run too, to compare with.
     """
 
     program: Program
@@ -57,6 +59,8 @@ class Mapped:
     step_of: Sequence[int] | None = None
     notes: Sequence[str] = field(default=())
     assumed: Sequence[str] = field(default=())
+    draw: Callable[[], str] | None = None
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Progress(Protocol):

@@ -5,22 +5,12 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.measure import best
 from tilewright.arch.flash import OPERATION, READ, FlashSpec, PageMap, load_flash
 from tilewright.sim.flash import simulate
 from tilewright.sim.flash_check import expected
 
-REPEATS = 3
 PAGES = 1_000_000
-
-
-def best(run) -> tuple[float, object]:
-    """The shortest of a few CPU times of this process, in seconds, and the last result."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        result = run()
-        times.append(time.process_time() - start)
-    return min(times), result
 
 
 def reads(spec: FlashSpec, pages: int, pattern: str) -> np.ndarray:

@@ -1,31 +1,16 @@
 """How fast the LUT mapper and model run: `make bench`. Figures are printed, and compared only within one run."""
 
-import resource
-import subprocess
-import sys
-import time
-
-import numpy as np
 import pytest
 
+from benchmarks import measure
+from benchmarks.measure import best
 from tilewright.arch.registry import load_spec
 from tilewright.arch.scenario import Scenario
 from tilewright.mappers.lut import gemm_program, map_model
 from tilewright.sim.lut import simulate
 from tilewright.workloads.models import load_model
 
-REPEATS = 3
 KERNEL = (2048, 27648, 5120)
-
-
-def best(run) -> tuple[float, object]:
-    """The shortest of a few CPU times of this process, in seconds, and the last result."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        result = run()
-        times.append(time.process_time() - start)
-    return min(times), result
 
 
 def test_gemm(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +56,7 @@ def test_models(model: str, scenario: Scenario, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    "command",
+    "arguments",
     [
         ["run", "lut-a100-4x", "--model", "bitnet-b1.58-3b", "--prompt", "2048", "--generate", "0"],
         [
@@ -85,18 +70,9 @@ def test_models(model: str, scenario: Scenario, capsys: pytest.CaptureFixture[st
     ],
     ids=lambda c: " ".join(c),
 )
-def test_command_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Wall clock, CPU time and memory of a whole command, warm; the memory is the most of all so far."""
-    argv = [sys.executable, "-m", "tilewright", *command]
-    subprocess.run(argv, check=True, capture_output=True)
-    walls, before = [], resource.getrusage(resource.RUSAGE_CHILDREN)
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        subprocess.run(argv, check=True, capture_output=True)
-        walls.append(time.perf_counter() - start)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / REPEATS
+    taken = measure.command(arguments)
     with capsys.disabled():
-        memory = after.ru_maxrss / 1024
-        print(f"\n{min(walls):6.2f} s wall {cpu:6.2f} s CPU {memory:5.0f} MiB  tilewright", *command)
-    assert np.isfinite(cpu)
+        print(f"\n{taken}  tilewright", *arguments)
+    assert taken.wall_s > 0

@@ -1,29 +1,16 @@
 """How fast the PIM model runs: `make bench`. Figures are printed, and compared only within one run."""
 
-import resource
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
 
+from benchmarks import measure
+from benchmarks.measure import best
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.pim import ISA, PimParams
 from tilewright.arch.registry import load_spec
 from tilewright.sim.pim import simulate
-
-REPEATS = 3
-
-
-def best(run) -> tuple[float, object]:
-    """The shortest of a few CPU times of this process, in seconds, and the last result."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        result = run()
-        times.append(time.process_time() - start)
-    return min(times), result
 
 
 def one_channel() -> PimParams:
@@ -81,7 +68,7 @@ def test_plain_python_is_the_same_and_slower(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    "command",
+    "arguments",
     [
         ["--help"],
         ["run", "pim-gpt", "--model", "gpt2-xl", "--generate", "32"],
@@ -89,18 +76,9 @@ def test_plain_python_is_the_same_and_slower(capsys: pytest.CaptureFixture[str])
     ],
     ids=lambda c: " ".join(c),
 )
-def test_command_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Wall clock, CPU time and memory of a whole command, warm; the memory is the most of all so far."""
-    argv = [sys.executable, "-m", "tilewright", *command]
-    subprocess.run(argv, check=True, capture_output=True)
-    walls, before = [], resource.getrusage(resource.RUSAGE_CHILDREN)
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        subprocess.run(argv, check=True, capture_output=True)
-        walls.append(time.perf_counter() - start)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / REPEATS
+    taken = measure.command(arguments)
     with capsys.disabled():
-        memory = after.ru_maxrss / 1024
-        print(f"\n{min(walls):6.2f} s wall {cpu:6.2f} s CPU {memory:5.0f} MiB  tilewright", *command)
-    assert np.isfinite(cpu)
+        print(f"\n{taken}  tilewright", *arguments)
+    assert taken.wall_s > 0

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,24 @@ ACTIVATIONS = {
 and Gimpel 2016), `relu2` the squared ReLU (So et al. 2021)."""
 
 
+@dataclass(frozen=True)
+class Composition:
+    """What stands beside the expert that a ModelConfig describes: equal experts, and what chooses one for a prompt.
+
+    Each prompt is read by the router and then by one expert alone, a model of its own (Prabhakar et al. 2024,
+    arXiv 2405.07518): no mixture of experts, where layers choose token by token.
+    """
+
+    router: "ModelConfig"
+    experts: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of one transformer: a decoder, or an encoder if not `causal`.
 
-    Widths count elements. A matrix applied to x is (in, out) = (k, n) everywhere.
+    Widths count elements. A matrix applied to x is (in, out) = (k, n) everywhere. Of a composition, it is the shape
+    of one of its experts.
     """
 
     name: str
@@ -97,6 +110,7 @@ class ModelConfig:
     causal: bool = True
     pooler: bool = False
     """A dense layer over the first token (BERT), counted as parameters and no part of the operator graph."""
+    composition: Composition | None = None
 
     @property
     def q_dim(self) -> int:
@@ -125,8 +139,13 @@ class ModelConfig:
     def parameters(self) -> dict[str, int]:
         """Parameter counts by formula: disjoint parts of the whole model, and their "total".
 
-        "lm_head" is 0 where it shares the embedding; biases belong to the part that adds them.
+        "lm_head" is 0 where it shares the embedding; biases belong to the part that adds them. A composition has
+        those of all its experts and of its router.
         """
+        if self.composition is not None:
+            expert = replace(self, composition=None).parameters
+            router = self.composition.router.parameters
+            return {part: self.composition.experts * n + router[part] for part, n in expert.items()}
         d, q, kv = self.d_model, self.q_dim, self.kv_dim
         attention = d * (q + 2 * kv) + q * d
         attention += self.qkv_bias * (q + 2 * kv) + self.attention_out_bias * d
@@ -187,7 +206,7 @@ class _Config:
             raise UserError(f"{path}: must hold a JSON object, not {_json_type(data)}")
         self.data: dict[str, Any] = data
         self.family = "unknown"
-        self.family = self.name("model_type", _FAMILIES)
+        self.family = self.name("model_type", (*_FAMILIES, COMPOSITION))
 
     def fail(self, key: str, problem: str) -> UserError:
         match = re.search(rf'"{re.escape(key)}"\s*:', self.text)
@@ -553,6 +572,22 @@ _FAMILIES: dict[str, Callable[[_Config], dict[str, Any]]] = {
 }
 
 
+COMPOSITION = "composition"
+"""The `model_type`, ours, of a file that names built-in models: `expert`, of which there are `experts`, and `router`."""
+
+
+def _composition(c: _Config, name: str, source: str) -> ModelConfig:
+    def part(key: str) -> ModelConfig:
+        model = load_model(c.name(key, builtin_models()))
+        if model.composition is not None or not model.causal:
+            kind = "an encoder" if model.composition is None else "a composition itself"
+            raise c.fail(key, f"{model.name!r} is {kind}; allowed: a decoder")
+        return model
+
+    composition = Composition(part("router"), c.whole("experts"))
+    return replace(part("expert"), name=name, source=source, composition=composition)
+
+
 def builtin_models() -> list[str]:
     """Names that `load_model` knows without a file, sorted."""
     return sorted(path.name.removesuffix(".json") for path in CONFIGS.glob("*.json"))
@@ -564,7 +599,7 @@ def load_model(name_or_path: str | Path) -> ModelConfig:
     Anything that contains "/", ends in ".json" or exists is a path; but a built-in name stays one
     whatever lies in the current folder ("./gpt2-xl" is that folder). `rope_scaling` and `quantization_config`
     change values and not shapes, and are not read. Beside the published keys a file may give `head_dim` in
-    any family, `_source` and `_note`.
+    any family, `_source` and `_note`. A file of `model_type` composition holds no shape: it names built-in models.
 
     Raises UserError for an unknown name or model_type, an unreadable file, invalid JSON, a missing shape key,
     or a value that is not allowed; the message names the file, the line and the key.
@@ -580,6 +615,9 @@ def load_model(name_or_path: str | Path) -> ModelConfig:
     else:
         raise UserError(f"model {given!r} is unknown; {nearest(given, names)}; or give a config.json")
     config = _Config(path)
+    source = str(config.data.get("_source", str(path)))
+    if config.family == COMPOSITION:
+        return _composition(config, name, source)
     shape = {"d_embed": 0, "vocab": config.whole("vocab_size")} | _FAMILIES[config.family](config)
     shape["d_embed"] = shape["d_embed"] or shape["d_model"]
     if shape["position"] == "rotary" and shape["head_dim"] % 2:
@@ -587,5 +625,4 @@ def load_model(name_or_path: str | Path) -> ModelConfig:
     experts, used = shape.get("experts", 0), shape.get("experts_per_token", 0)
     if used > experts:
         raise config.fail("num_experts_per_tok", f"must be at most the {experts} experts, not {used}")
-    source = config.data.get("_source", str(path))
-    return ModelConfig(name=name, family=config.family, source=str(source), **shape)
+    return ModelConfig(name=name, family=config.family, source=source, **shape)

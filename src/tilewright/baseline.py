@@ -35,8 +35,11 @@ class _Log(NamedTuple):
 def run_roofline(spec: RooflineSpec, model: ModelConfig, scenario: Scenario, by_step: bool = False) -> Result:
     """The model on the device: the prompt in one pass, then token by token, one operator after another.
 
-    Raises UserError for a model that does not fit its memory, or exceeds the model's positions.
+    Raises UserError for a composition of experts, a model that does not fit its memory, and more tokens than the
+    model has positions.
     """
+    if model.composition is not None:
+        raise UserError(f"{model.name}: roofline {spec.name} does not support compositions of experts")
     from tilewright.sim.roofline import run_graph
 
     number, bits = _number_format(spec)

@@ -57,6 +57,9 @@ Sensitive = Annotated[
 ]
 Flash = Annotated[str, Argument(metavar="PRESET", help="Flash preset or YAML file.")]
 PageTrace = Annotated[str, Option("--trace", metavar="FILE.csv", help="Page operations: docs/flash.md.")]
+Svg = Annotated[
+    str | None, Option(metavar="FILE", help="Draw the mapping, where it has a place and routes; - is stdout.")
+]
 Out = Annotated[str, Option("--out", "-o", metavar="FILE.v", help="Verilog; - is stdout.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Schema = Annotated[bool, Option("--schema", help="Print the JSON Schema of spec files, for editors.")]
@@ -114,6 +117,7 @@ def run(
     mapping_out: MappingOut = None,
     trace: Trace = None,
     trace_limit: TraceLimit = 100_000,
+    svg: Svg = None,
     spans: Spans = "operator",
     fold: Fold = True,
     lm_head: LmHead = True,
@@ -127,6 +131,7 @@ def run(
     counts = {"context": context, "prompt": prompt, "generate": generate, "batch": batch, "seed": seed}
     scenario = Scenario(**counts, lm_head=lm_head, embedding=embedding)
     files = {"json": json, "csv": csv, "mapping": mapping, "mapping_out": mapping_out, "trace": trace}
+    files["svg"] = svg
     by_step = spans == "step"
     commands.run(
         spec, sets or (), model, scenario, trace_limit=trace_limit, by_step=by_step, fold=fold, **files

@@ -26,28 +26,32 @@ def run(
     mapping_out: str | None,
     trace: str | None,
     trace_limit: int,
+    svg: str | None,
     by_step: bool,
     fold: bool,
 ) -> None:
     """`tilewright run`."""
-    output.check_outputs(json, csv, mapping_out, trace)
+    output.check_outputs(json, csv, mapping_out, trace, svg)
     check_limit(trace_limit)
     devices = [load_device(name, sets) for name in names]
     check_mapping(devices, mapping, mapping_out)
     check_one_mapped(devices, "--trace needs", trace)
+    check_one_mapped(devices, "--svg needs", svg)
     model = load_model(model_name)
     results = []
     for device in devices:
         results.append(
             run_device(device, model, scenario, mapping=mapping, mapping_out=mapping_out, trace=trace,
-                       trace_limit=trace_limit, by_step=by_step, fold=fold)
+                       trace_limit=trace_limit, svg=svg, by_step=by_step, fold=fold)
         )  # fmt: skip
+    tables = report.run_tables(results)
+    results = [each for result in results for each in (result, *result.beside)]
     if json is not None:
         report.write_json(json, results)
     if csv is not None:
         report.write_csv(csv, results)
-    if output.STDOUT not in (json, csv, mapping_out, trace):
-        output.show(report.run_tables(results))
+    if output.STDOUT not in (json, csv, mapping_out, trace, svg):
+        output.show(tables)
 
 
 def execute(

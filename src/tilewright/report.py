@@ -25,7 +25,7 @@ def head(result: Result) -> dict[str, Any]:
     period = result.tick.period_s
     return {
         "tilewright": __version__,
-        "spec": result.spec.name,
+        "spec": result.name,
         "spec_hash": spec_hash(result.spec),
         "model": result.model,
         "scenario": asdict(result.scenario) if result.scenario else None,
@@ -67,7 +67,7 @@ def write_csv(path: str, results: Sequence[Result]) -> None:
         writer.writeheader()
         for result in results:
             for row in result.spans.rows():
-                writer.writerow({"spec": result.spec.name} | row)
+                writer.writerow({"spec": result.name} | row)
 
 
 def write_document(path: str, document: Mapping[str, Any]) -> None:
@@ -94,6 +94,7 @@ def run_tables(results: Sequence[Result]) -> list[Any]:
     for result in results:
         if not is_roofline(result.spec) or len(results) == 1:
             items += ["", *device_tables(result)]
+    results = [each for result in results for each in (result, *result.beside)]
     if len(results) > 1:
         items += ["", *compared(results)]
     return items
@@ -118,7 +119,7 @@ def device_tables(result: Result) -> list[Any]:
 def _operator_table(result: Result) -> Table:
     narrow = width() < 80
     counts = () if narrow else (">calls", ">cycles")
-    table = grid(result.spec.name, "operator", *counts, ">time", ">%", ">energy", "bound by")
+    table = grid(result.name, "operator", *counts, ">time", ">%", ">energy", "bound by")
 
     def add(name: str, o: Operator, **style: Any) -> None:
         time = engineering(o.cycles * float(result.tick.period_s), "s")
@@ -128,8 +129,8 @@ def _operator_table(result: Result) -> Table:
 
     shown = [o for o in result.operators if o.name or _matters(o, result)]
     for i, o in enumerate(shown):
-        add(o.name or "(none)", o, end_section=i == len(shown) - 1)
-    calls = sum(o.calls for o in result.operators)
+        add("  " * o.inside + (o.name or "(none)"), o, end_section=i == len(shown) - 1)
+    calls = sum(o.calls for o in result.operators if not o.inside)
     add("total", Operator("", calls, result.cycles, result.energy_j, ""), style="bold")
     return table
 
@@ -184,7 +185,7 @@ def compared(results: Sequence[Result]) -> list[Any]:
         if r.energy_j is not None and first.energy_j:
             energy = ratio(r.energy_j / first.energy_j, r, r)
         times = ratio(float(r.time_s / first.time_s), first, r)
-        table.add_row(r.spec.name, engineering(float(r.time_s), "s"), times, speed,
+        table.add_row(r.name, engineering(float(r.time_s), "s"), times, speed,
                       engineering(r.energy_j, "J"), energy)  # fmt: skip
     items: list[Any] = [table]
     for part in _parts(results):
@@ -207,9 +208,9 @@ def _parts(results: Sequence[Result]) -> Iterator[Sequence[Result]]:
 
 def _side_by_side(results: Sequence[Result]) -> Table:
     first = results[0]
-    columns = ["operator", f">{first.spec.name}"]
+    columns = ["operator", f">{first.name}"]
     for r in results[1:]:
-        columns += [f">{r.spec.name}", ">ratio"]
+        columns += [f">{r.name}", ">ratio"]
     table = grid("", *columns)
     table.columns[-1].no_wrap = True
     times = [{o.name: o.cycles * float(r.tick.period_s) for o in r.operators if o.name} for r in results]

@@ -28,16 +28,19 @@ def run(
     mapping_out: str | None = None,
     trace: str | None = None,
     trace_limit: int = LIMIT,
+    svg: str | None = None,
     by_step: bool = False,
     fold: bool = True,
+    way: str = "",
 ) -> Result:
     """The model on the device: a target's cycle model, or a roofline.
 
     `mapping` is a document that overrides choices of the mapper, or a file of it, `mapping_out` a file to write the
     whole mapping to; `trace` is a file for a
     trace of at most `trace_limit` commands of each channel, where the device is a target; `by_step` keeps a span
-    for each step; without `fold` every event is simulated (the integers are the same). Raises UserError for
-    what does not fit or is not supported.
+    for each step; without `fold` every event is simulated (the integers are the same). `svg` is a file for a picture
+    of the mapping. Where no mapping is given, what the mapper holds against its own is run too (`beside`). `way`
+    names such a run. Raises UserError for what does not fit or is not supported.
     """
     if isinstance(spec, RooflineSpec):
         from tilewright.baseline import run_roofline
@@ -45,21 +48,35 @@ def run(
         return run_roofline(spec, model, scenario, by_step)
     slug = spec.target_name
     chosen = read_mapping(mapping) if isinstance(mapping, str) else mapping
-    mapped = registry.room("mappers", slug).map_model(spec, model, scenario, chosen)
+    mapper = registry.room("mappers", slug)
+    if model.composition is not None and not getattr(mapper, "COMPOSITIONS", False):
+        raise UserError(f"{model.name}: target {slug} does not support compositions of experts")
+    mapped = mapper.map_model(spec, model, scenario, chosen)
     if mapping_out is not None:
         with replacing(mapping_out) as file:
             yaml.safe_dump(dict(mapped.document), file, sort_keys=False)
+    if svg is not None:
+        if mapped.draw is None:
+            raise UserError(f"--svg: there is no picture of how target {slug} is mapped")
+        with replacing(svg) as file:
+            file.write(mapped.draw())
     params = spec.params()
     simulate = cycle_model(slug)
-    with progress_bar(f"{spec.name}: steps") as progress:
+    with progress_bar(f"{spec.name} {way}".rstrip() + ": steps") as progress:
         kept = 0 if trace is None else trace_limit
         timeline = simulate(
             params, mapped.program, fold=fold, progress=progress, steps=mapped.steps, trace=kept
         )
     if trace is not None:
         write_trace(trace, spec, timeline, trace_limit)
+    others = {} if mapping is not None or way else mapped.beside
     return Result(
         spec=spec,
+        way=way,
+        beside=[
+            run(spec, model, scenario, mapping=document, by_step=by_step, fold=fold, way=name)
+            for name, document in others.items()
+        ],
         model=model.name,
         scenario=scenario,
         params=params,

@@ -50,13 +50,17 @@ class Spans:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator kind, summed over layers and steps. The name is empty for what belongs to no operator."""
+    """An operator kind, summed over layers and steps. The name is empty for what belongs to no operator.
+
+    `inside`: it works within another one, alongside others; its cycles, from its first to its last, are part of that one's.
+    """
 
     name: str
     calls: int
     cycles: int
     energy_j: float | None
     bound_by: str
+    inside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,8 @@ class Result:
     """A run of one device.
 
     `assumed` are keys of the spec, `choices` what this run assumed beside them. `lower_bound`: times are bounds
-    from below (a roofline of unknown efficiency).
+    from below (a roofline of unknown efficiency). `beside` are the runs that the mapper holds against this one, each
+    with its `way`.
     """
 
     spec: Spec
@@ -82,6 +87,13 @@ class Result:
     notes: Sequence[str] = field(default=())
     choices: Sequence[str] = ()
     lower_bound: bool = False
+    way: str = ""
+    beside: Sequence["Result"] = ()
+
+    @property
+    def name(self) -> str:
+        """The device's, with the way in which it was used if that is not its usual one."""
+        return f"{self.spec.name} {self.way}".rstrip()
 
     @property
     def time_s(self) -> Fraction:
@@ -104,9 +116,12 @@ class Result:
 def group(unit: str) -> str:
     """The kind of a unit that stands in a row of equals.
 
-    >>> group("channel 3"), group("asic")
-    ('channels', 'asic')
+    >>> group("channel 3"), group("pcu@3,1"), group("asic")
+    ('channels', 'pcus', 'asic')
     """
+    kind, at, _ = unit.partition("@")
+    if at:
+        return f"{kind}s"
     match = re.fullmatch(r"(.*\D)[ _]?\d+", unit)
     return f"{match[1].rstrip(' _')}s" if match else unit
 
@@ -131,13 +146,16 @@ def of_timeline(
     `step_of` has the step of each segment, where a segment is not a step of its own.
 
     Cycles of a tag are those that the first unit, which issues the work, spends on it: they add up to the
-    run even where the spans of tags overlap. `rows` None: the energy is not known.
+    run even where the spans of tags overlap. A tag on which it spends none works inside others, for the ticks of its
+    spans. `rows` None: the energy is not known.
     """
     n = len(tags)
+    own = timeline.tag_ticks()
     cycles = timeline.activity[:, 0].sum(axis=1)
     if not cycles[:n].any():  # an RTL keeps its stalls for the run as a whole, and spans by tag
-        own = timeline.tag_ticks()
         cycles = np.append(own, max(0, timeline.ticks - int(own.sum())))
+    inside = np.append(cycles[:n] == 0, False)
+    cycles[:n] += own * inside[:n]
     energy = None if rows is None else energy_by_tag(tuple(rows), timeline).sum(axis=1)
     calls = np.zeros(n, np.int64)
     np.add.at(calls, timeline.spans["tag"], timeline.spans["count"])
@@ -147,7 +165,7 @@ def of_timeline(
         "energy_j": None if energy is None else float(energy.sum()),
         "counters": timeline.totals(),
         "units": {u: _unit(timeline.unit(u)) for u in timeline.units},
-        "operators": _operators(timeline, tags, cycles, calls, energy),
+        "operators": _operators(timeline, tags, cycles, calls, energy, inside),
         "spans": _steps(timeline, tags, bound, step_of)
         if by_step
         else _sums(timeline, tags, cycles, calls, energy, bound),
@@ -164,6 +182,7 @@ def _operators(
     cycles: NDArray[np.int64],
     calls: NDArray[np.int64],
     energy: NDArray[np.float64] | None,
+    inside: NDArray[np.bool_],
 ) -> list[Operator]:
     members: dict[str, list[int]] = {}
     for i, tag in enumerate(tags):
@@ -175,7 +194,7 @@ def _operators(
         ran = int(calls[m].sum()) if name else 0
         if ran or (not name and (cycles[m].any() or joules)):
             bound = bound_by(timeline, m) if name else ""
-            out.append(Operator(name, ran, int(cycles[m].sum()), joules, bound))
+            out.append(Operator(name, ran, int(cycles[m].sum()), joules, bound, bool(inside[m].all())))
     return out
 
 

@@ -11,7 +11,7 @@ from tilewright.arch.errors import UserError
 from tilewright.workloads.graph import OpKind, attended_pairs, decode_step, prefill
 from tilewright.workloads.models import ModelConfig, builtin_models, load_model
 
-DECODERS = [name for name in builtin_models() if load_model(name).causal]
+DECODERS = [n for n in builtin_models() if (m := load_model(n)).causal and m.composition is None]
 
 TINY = ModelConfig(
     name="tiny", family="llama", layers=3, d_model=32, heads=4, kv_heads=2, head_dim=8, d_ff=48, vocab=50,

@@ -170,7 +170,7 @@ def test_kv_cache_per_token():
 def test_builtins_load_and_say_where_they_come_from():
     names = builtin_models()
     assert names == sorted(names)
-    assert len(names) >= 31
+    assert len(names) >= 32
     for name in names:
         model = load_model(name)
         assert model.name == name
@@ -289,6 +289,45 @@ class TestFormulas:
     def test_eps_keeps_its_text(self, read):
         text = json.dumps(LLAMA).replace("1e-06", "0.00000100")
         assert read(text).norm_eps == "0.00000100"
+
+
+class TestComposition:
+    """Experts of one shape behind a router."""
+
+    FILE = {"model_type": "composition", "expert": "llama-2-7b", "experts": 3, "router": "gpt2-small"}  # noqa: RUF012
+
+    def test_samba(self):
+        # 150 * 6738415616 + 6738415616
+        model, seven = load_model("samba-coe"), load_model("llama-2-7b")
+        assert model.composition.router == seven
+        assert (model.composition.experts, model.layers) == (150, 32)
+        assert model.parameters["total"] == 151 * 6_738_415_616 == 1_017_500_758_016
+
+    def test_parts_are_those_of_experts_and_router(self, read):
+        model = read(self.FILE)
+        assert model.name == "model" and model.source.endswith("model.json")
+        expert = dataclasses.replace(model, composition=None)
+        assert dataclasses.replace(load_model("llama-2-7b"), name="model", source=model.source) == expert
+        assert model.composition.router == load_model("gpt2-small")
+        # 3 * 6738415616 + 124439808; positions are the router's alone
+        assert model.parameters["total"] == 20_339_686_656
+        assert model.parameters["positions"] == 1024 * 768
+        assert sum(v for k, v in model.parameters.items() if k != "total") == 20_339_686_656
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"expert": "llama-2-8b"}, r"expert 'llama-2-8b' is unknown; did you mean llama-"),
+            ({"router": None}, "router is missing; allowed: .*llama-2-7b"),
+            ({"router": "bert-base"}, "router 'bert-base' is an encoder; allowed: a decoder"),
+            ({"expert": "samba-coe"}, "expert 'samba-coe' is a composition itself; allowed: a decoder"),
+            ({"experts": 0}, "experts must be a whole number of at least 1, not 0"),
+            ({"experts": None}, "experts is null: a composition model needs it"),
+        ],
+    )
+    def test_refusals(self, read, changed, message):
+        with pytest.raises(UserError, match=message):
+            read(self.FILE | changed)
 
 
 class TestPaths:

@@ -60,8 +60,8 @@ class Outcome(Protocol):
 class Observed:
     """A case after interpreter and model, for the plan's coverage and its own checks.
 
-    `steps` is the program with a tag of its own for each instruction, in one segment, and `timeline` the
-    model's for it, unfolded and with a trace.
+    `steps` is the program `one_by_one`, with a tag of its own for each instruction, and `timeline` the model's for it,
+    unfolded and with a trace.
     """
 
     case: Case
@@ -111,10 +111,23 @@ class Plan(Protocol):
 
 
 def one_by_one(program: Program) -> Program:
-    """The program in one segment, repetitions written out, instruction i with tag i."""
-    code = program.flat()
-    code["tag"] = np.arange(len(code))
-    return Program(program.isa, [Segment({"code": code})], [str(i) for i in range(len(code))])
+    """The program with repetitions written out, and with a tag of its own for each record that carries one.
+
+    Tags number the records segment by segment and region by region. Segments of nothing but code become one; others
+    stay what they are, as their code may name them, and only their commands are repeated.
+    """
+    segments = [
+        {r: np.tile(a, s.repeat if program.isa.record(r).command else 1) for r, a in s.regions.items()}
+        for s in program.segments
+    ]
+    if all(set(regions) <= {"code"} for regions in segments):
+        segments = [{"code": program.flat()}]
+    tagged = [a for regions in segments for r, a in regions.items() if "tag" in program.isa.record(r).by_name]
+    total = 0
+    for records in tagged:
+        records["tag"] = total + np.arange(len(records))
+        total += len(records)
+    return Program(program.isa, [Segment(regions) for regions in segments], [str(i) for i in range(total)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,30 +357,63 @@ def _bits(expected: Image, got: Image) -> str | None:
 
 
 def _instructions(o: Observed, rtl: Timeline) -> str | None:
-    """The first instruction that begins or ends on another tick than the model says."""
-    for a, b in zip(o.timeline.spans, rtl.spans, strict=True):
-        if (a["first"], a["end"]) != (b["first"], b["end"]):
-            text = o.steps.text().splitlines()[int(a["tag"])]
-            return (
-                f"instruction {a['tag']} takes ticks {b['first']}..{b['end']} in the RTL, "
-                f"{a['first']}..{a['end']} in the model: {text.partition(' tag=')[0]}"
-            )
+    """The first instruction, or configured unit, that begins or ends on another tick than the model says."""
+    model, other = _joined(o.timeline), _joined(rtl)
+    for tag in sorted(model.keys() | other.keys()):
+        a, b = model.get(tag), other.get(tag)
+        if a != b:
+            return f"instruction {tag} takes {_ticks(b)} in the RTL, {_ticks(a)} in the model: {_line(o.steps, tag)}"
     return None
+
+
+def _ticks(span: tuple[int, int] | None) -> str:
+    return "no tick" if span is None else f"ticks {span[0]}..{span[1]}"
+
+
+def _joined(timeline: Timeline) -> dict[int, tuple[int, int]]:
+    """First tick and end of each tag that was worked for, over all segments."""
+    out: dict[int, tuple[int, int]] = {}
+    for span in timeline.spans:
+        tag, first, end = (int(span[name]) for name in ("tag", "first", "end"))
+        before = out.get(tag, (first, end))
+        out[tag] = min(first, before[0]), max(end, before[1])
+    return out
+
+
+def _line(steps: Program, tag: int) -> str:
+    """The record of a tag as text, without the tag."""
+    for segment in steps.segments:
+        for region, records in segment.regions.items():
+            if "tag" in steps.isa.record(region).by_name and (records["tag"] == tag).any():
+                rows = records[records["tag"] == tag]
+                return steps.isa.format(region, rows, steps.tags)[0].partition(" tag=")[0]
+    return f"tag {tag}"
 
 
 def _tags(o: Observed, folded: Timeline) -> str | None:
     """Whether the tags of the program as written span what its instructions do one by one."""
-    own = [s.regions[r]["tag"] for s in o.program.segments for _ in range(s.repeat) for r in s.regions]
-    tags = np.concatenate(own) if own else np.zeros(0, np.int64)
-    for tag in np.unique(tags):
-        mine = o.timeline.spans[tags == tag]
-        theirs = folded.spans[folded.spans["tag"] == tag]
-        a = int(mine["first"].min()), int(mine["end"].max())
-        b = int(theirs["first"].min()), int(theirs["end"].max())
+    spans, theirs = _joined(o.timeline), _joined(folded)
+    mine: dict[int, tuple[int, int]] = {}
+    for step, tag in enumerate(_owners(o.program)):
+        if step in spans:
+            (first, end), before = spans[step], mine.get(tag, spans[step])
+            mine[tag] = min(first, before[0]), max(end, before[1])
+    for tag in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(tag), theirs.get(tag)
         if a != b:
-            name = folded.tags[tag]
-            return f"tag {name} spans ticks {a[0]}..{a[1]} unfolded, {b[0]}..{b[1]} folded"
+            return f"tag {folded.tags[tag]} spans {_ticks(a)} unfolded, {_ticks(b)} folded"
     return None
+
+
+def _owners(program: Program) -> list[int]:
+    """The tag that each record has in the program, by its number in `one_by_one`."""
+    return [
+        int(tag)
+        for s in program.segments
+        for r, records in s.regions.items()
+        if "tag" in program.isa.record(r).by_name
+        for tag in np.tile(records["tag"], s.repeat if program.isa.record(r).command else 1)
+    ]
 
 
 def _totals(expected: Timeline, got: Timeline, left: str, right: str) -> str | None:

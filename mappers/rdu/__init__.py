@@ -1,0 +1,560 @@
+"""Maps transformers onto reconfigurable dataflow units (SambaNova SN40L, arXiv 2405.07518).
+
+A decoder layer is a few *sections*, each one kernel: its operators are stages of a pipeline on the chip (`stages`,
+`layer`). For the next token a layer is one section where its weights fit: they stream from HBM into memory units while
+earlier operators compute. For a prompt it is two, one that makes queries, keys and values and one that does all else,
+since attention begins when the last key is stored. What doesn't fit is cut where that takes the least time (`plan`).
+`fusion: unfused` makes a section of every operator, whose results go through memory.
+
+With several sockets heads and the MLP's columns are dealt out; sums over sockets are stages of their section
+(`allreduce: fused`) or sections of their own (`separate`). One socket is simulated, the others do the same.
+
+Every layer is the same kernel with other arguments; the configuration is loaded where it changes. Decode steps share
+a kernel while the cached tokens, rounded up to `granule`, are as many: a mask hides what lies beyond.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.arch.errors import UserError, nearest
+from tilewright.arch.isa import Program, Segment
+from tilewright.arch.rdu import CODE, ISA, RduSpec
+from tilewright.arch.scenario import Mapped, Scenario, TagInfo
+from tilewright.mappers.rdu.layer import Op, Share, layer_operators
+from tilewright.mappers.rdu.netlist import Stream
+from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
+from tilewright.mappers.rdu.section import Built, Section, segment
+from tilewright.mappers.rdu.stages import BF16_BYTES, ceil_div
+from tilewright.workloads.graph import decode_step, prefill
+from tilewright.workloads.models import ModelConfig
+
+__all__ = ["Kernel", "draw_section", "map_model"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "fusion": ("fused", "unfused"),
+    "orchestration": ("host", "hardware"),
+    "allreduce": ("fused", "separate"),
+}
+NUMBERS = {
+    "seed": (0, 1 << 31),
+    "granule": (1, 1 << 20),
+    "moves": (0, 1 << 40),
+    "groups": (0, 64),
+    "percent": (1, 100),
+}
+DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 92}
+TRIES = 8
+"""Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
+HOPELESS = 40
+"""Links with which other seeds are not tried."""
+SHARED = ("cos", "sin", "mask", "slopes")
+ACTIVATIONS = (
+    *(
+        "x",
+        "z",
+        "y",
+        "h",
+        "h2",
+        "s",
+        "s2",
+        "qkv",
+        "q",
+        "a",
+        "o",
+        "w",
+        "f",
+        "gate_out",
+        "up_out",
+        "o_part",
+        "w_part",
+    ),
+    *("logits", "last"),
+)
+
+
+@dataclass
+class Kernel:
+    """A section that is placed and routed, and what it was planned as."""
+
+    name: str
+    phase: str
+    choice: Choice
+    built: Built
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One execution of a kernel."""
+
+    kernel: int
+    tag: str
+    step: int
+    layer: int
+    slot: Mapping[str, int] = field(default_factory=dict)
+    """Bytes to add to tensors' addresses."""
+
+
+def draw_section(built: Built, path: str | Path) -> None:
+    """Write the picture of a placed and routed section, an SVG file."""
+    Path(path).write_text(built.svg(), encoding="utf-8")
+
+
+def document_of(spec: RduSpec, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The choices of a mapping with defaults filled in. Raises UserError for what is not allowed."""
+    known: dict[str, Any] = {
+        "fusion": "fused", "orchestration": spec.launch.orchestration, "allreduce": "fused", **DEFAULTS,
+    }  # fmt: skip
+    for key, value in (mapping or {}).items():
+        if key == "sections":  # what a document tells besides
+            continue
+        if key not in known:
+            raise UserError(f"mapping: unknown key {key!r}; {nearest(key, known)}")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"mapping: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
+        if key in NUMBERS:
+            low, high = NUMBERS[key]
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError(f"mapping: {key} must be in {low}..{high}, not {value!r}")
+        known[key] = value
+    return known
+
+
+def map_model(
+    spec: RduSpec, model: ModelConfig, scenario: Scenario, mapping: Mapping[str, Any] | None = None
+) -> Mapped:
+    """The program of `scenario` for one socket of the node; the others do the same at the same time.
+
+    `mapping` overrides choices of the document that is returned: fusion, orchestration, allreduce, granule (tokens), the
+    placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use.
+    Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
+    """
+    notes = []
+    total = scenario.context + scenario.prompt + scenario.generate
+    if model.position == "rotary" and model.positions is not None and total > model.positions:
+        # There is an angle for every position: it is the training that ends there, not the model.
+        notes.append(
+            f"{total} tokens are more than the {model.positions} positions that {model.name} is made for"
+        )
+        model = replace(model, positions=None)
+    mapper = _Mapper(spec, model, scenario, document_of(spec, mapping))
+    mapper.notes += notes
+    mapper.plan()
+    others = {
+        "unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"},
+        "unfused, hardware": {"fusion": "unfused", "orchestration": "hardware", "allreduce": "separate"},
+    }
+    others["host" if mapper.document["orchestration"] == "hardware" else "hardware"] = {
+        "orchestration": "host" if mapper.document["orchestration"] == "hardware" else "hardware"
+    }
+    kept_choices = {k: v for k, v in mapper.document.items() if k != "sections"}
+    return Mapped(
+        program=Program(ISA, mapper, mapper.tags),
+        tags=mapper.infos,
+        steps=len(mapper.launches),
+        document=mapper.document,
+        step_of=[launch.step for launch in mapper.launches],
+        notes=mapper.notes,
+        assumed=["bfloat16 weights, activations and caches; a bfloat16 takes a whole word of SRAM"],
+        draw=mapper.draw(),
+        beside={name: kept_choices | other for name, other in others.items()}
+        if mapper.document["fusion"] == "fused"
+        else {},
+    )
+
+
+def _name(choice: Choice) -> str:
+    names = [op.name for op in choice.ops]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _blocked(built: Built, resting: Iterable[str]) -> int:
+    """Links that a stream shares with one whose packets may wait on their way until others come."""
+    claims = set(resting)
+    on: dict[tuple[str, int, int, int], list[Stream]] = {}
+    for r in built.routing.routes.values():
+        for hop in r.hops:
+            for out in hop.outs:
+                on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
+    return sum(len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values())
+
+
+class _Mapper:
+    """Plans kernels and their launches; walked, it gives the program's segments."""
+
+    def __init__(
+        self, spec: RduSpec, model: ModelConfig, scenario: Scenario, document: dict[str, Any]
+    ) -> None:
+        if model.composition is not None or model.experts:
+            raise UserError(f"{model.name}: a mixture or composition of experts is no single stack of layers")
+        if model.sub_norms or model.qk_norm:
+            raise UserError(f"{model.name}: target rdu does not support norms within attention and MLP")
+        if not spec.pcu.systolic and scenario.prompt:
+            raise UserError("a prompt needs systolic arrays (pcu.systolic); this machine has none")
+        self.spec, self.model, self.scenario, self.document = spec, model, scenario, document
+        self.p = spec.params()
+        self.share = Share(model, spec.node.sockets)
+        self.limits = Limits.of(self.p, Fraction(document["percent"], 100))
+        self.kernels: list[Kernel] = []
+        self.launches: list[Launch] = []
+        self._phases: dict[str, tuple[list[int], int]] = {}
+        self._most = -1
+        self.notes: list[str] = []
+        self.infos: list[TagInfo] = []
+        self.tags: list[str] = []
+        self.address: dict[tuple[str, str, int], int] = {}
+        self.used = {"hbm": 0, "ddr": 0, "remote": 0}
+        self.launch_ticks = self.p.argument_load + (
+            self.p.host_launch if document["orchestration"] == "host" else self.p.hardware_launch
+        )
+
+    # ---- planning -----------------------------------------------------------------------------------
+
+    def plan(self) -> None:
+        """All kernels and launches."""
+        s, m = self.scenario, self.model
+        lanes = self.p.lanes
+        total = s.context + s.prompt + s.generate
+        if s.prompt:
+            prefill(m, prompt=s.prompt, context=s.context, batch=s.batch)
+        if s.generate:
+            decode_step(m, context=total - 1, batch=s.batch)
+        self.pitch = (
+            (ceil_div(max(total, s.context + s.prompt + self.document["granule"]), 4 * lanes) + 4) * 4 * lanes
+        )
+        step = 0
+        if s.prompt:
+            self._prompt(step)
+            step += 1
+        for i in range(s.generate):
+            self._token(step, i)
+            step += 1
+        self._number_tags()
+        self._report()
+
+    def _prompt(self, step: int) -> None:
+        s, m, p = self.scenario, self.model, self.p
+        context = ceil_div(s.context, p.lanes) * p.lanes
+        if context != s.context:
+            self.notes.append(f"prompt: {s.context} cached tokens count as {context}, whole vectors")
+        keys = ceil_div(context + s.prompt, 4 * p.lanes) * 4 * p.lanes
+        window = m.sliding_window if m.windowed_layers else None
+        if window is not None and len(m.windowed_layers) < m.layers:
+            self.notes.append(
+                f"prompt: layers without a window are timed like those with one: {window} tokens"
+            )
+        ops = layer_operators(m, self.share.sockets)
+        first = [op.kind for op in ops].index("attention")
+
+        def plan(some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits) -> Choice | None:
+            return plan_rows(
+                p, self.share, some, keep, limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
+                window=window if window is not None and window < keys else None,
+                groups=self.document["groups"] or None,
+            )  # fmt: skip
+
+        choices = []
+        for some, later in ((ops[:first], ops[first:]), (ops[first:], [])):
+            result = [*kept(some, later, ["z"])]
+            choices += self._cut(some, result, plan, "prompt")
+        layers = [
+            self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
+        ]
+        for b in range(s.batch):
+            self._embed(step, s.prompt)
+            for layer in range(m.layers):
+                for k in layers:
+                    slot = {name: b * self._cache_bytes() for name in ("keys", "values")}
+                    self.launches.append(Launch(k, self._tag(k, layer), step, layer, slot))
+            self._head(step)
+
+    def _token(self, step: int, i: int) -> None:
+        s, m, p = self.scenario, self.model, self.p
+        cached = s.context + s.prompt + i
+        keys = ceil_div(cached, self.document["granule"]) * self.document["granule"]
+        if m.windowed_layers and len(m.windowed_layers) == m.layers and m.sliding_window is not None:
+            keys = min(keys, ceil_div(m.sliding_window, 4 * p.lanes) * 4 * p.lanes)
+        phase = f"token {keys}"
+        if phase not in self._phases:
+            ops = layer_operators(m, self.share.sockets, token=True)
+            batch = s.batch
+            choices: list[Choice] = []
+            while not choices:
+                try:
+                    choices = self._cut(
+                        ops, ["z"],
+                        lambda some, keep, batch=batch: plan_vectors(
+                            p, self.share, some, keep, self.limits, batch=batch, keys=keys, pitch=self.pitch
+                        ),
+                        f"{keys} cached tokens",
+                    )  # fmt: skip
+                except UserError:
+                    if batch == 1:
+                        raise
+                    batch = batch // 2
+            self._phases[phase] = [self._kernel(phase, c) for c in choices], batch
+        layers, batch = self._phases[phase]
+        first = max(0, cached - keys)
+        slot = {
+            "keys.new": cached * BF16_BYTES, "values.new": cached * BF16_BYTES,
+            "cos": cached * m.head_dim * BF16_BYTES, "sin": cached * m.head_dim * BF16_BYTES,
+            "keys": first // (2 * p.lanes) * 2 * p.lanes * BF16_BYTES,
+            "values": first // (2 * p.lanes) * 2 * p.lanes * BF16_BYTES,
+            "mask": (keys - min(cached, keys)) * keys * BF16_BYTES if keys else 0,
+        }  # fmt: skip
+        self._embed(step, s.batch)
+        for layer in range(m.layers):
+            for k in layers:
+                for _ in range(ceil_div(s.batch, batch)):
+                    self.launches.append(Launch(k, self._tag(k, layer), step, layer, slot))
+        for _ in range(s.batch):
+            self._head(step)
+
+    def _head(self, step: int) -> None:
+        """The LM head of one vector, the last row of a prompt, which the host has put there, or a token's."""
+        m = self.model
+        if not (self.scenario.lm_head and m.causal):
+            return
+        if "head" not in self._phases:
+            ops = [Op("lm_head", "product", ("x",), ("logits",))]
+            if m.final_norm:
+                ops = [
+                    Op("final_norm", "norm", ("x",), ("last",)),
+                    Op("lm_head", "product", ("last",), ("logits",)),
+                ]
+            for passes in (1, 2, 3, 4, 6, 8, 12, 16):
+                choice = plan_vectors(
+                    self.p, self.share, ops, ("logits",), self.limits, batch=1, keys=0, pitch=0, passes=passes
+                )
+                if choice is not None:
+                    break
+            else:
+                raise UserError(f"{m.name}: the LM head fits no section")
+            self._phases["head"] = [self._kernel("head", choice)] * passes, 1
+        for i, k in enumerate(self._phases["head"][0]):
+            extent = self.kernels[k].choice.line.extents
+            slot = {t: i * extent[t] for t in ("weights", "logits")}
+            self.launches.append(Launch(k, "lm_head", step, -1, slot))
+
+    def _embed(self, step: int, rows: int) -> None:
+        if self.scenario.embedding:
+            self.launches.append(Launch(-rows, "embedding", step, -1))
+
+    def _cut(
+        self, ops: Sequence[Op], result: Sequence[str], plan: Callable[..., Choice | None], what: str
+    ) -> list[Choice]:
+        fused = self.document["fusion"] == "fused"
+        if not fused or self.document["allreduce"] == "fused":
+            return cut(
+                ops,
+                result,
+                plan,
+                self.p,
+                fused=fused,
+                launch=self.launch_ticks,
+                what=f"{self.model.name}, {what}",
+            )
+        # Sums over sockets stand alone.
+        out: list[Choice] = []
+        first = 0
+        for i, op in enumerate((*ops, None)):
+            if op is None or op.kind == "reduce":
+                own = ops[first:i]
+                for some, later in ((own, ops[i:]), ([op] if op is not None else [], ops[i + 1 :])):
+                    if some:
+                        out += cut(
+                            some, [*kept(some, later, result)], plan, self.p, fused=True, launch=self.launch_ticks,
+                            what=f"{self.model.name}, {what}",
+                        )  # fmt: skip
+                first = i + 1
+        return out
+
+    def _cache_bytes(self) -> int:
+        return self.share.kv_dim * self.pitch * BF16_BYTES
+
+    def _kernel(
+        self, phase: str, choice: Choice, smaller: Callable[[Limits], Choice | None] | None = None
+    ) -> int:
+        """Place and route a section.
+
+        Where streams share links with some that wait for others, they may come to wait for one another. Other seeds are
+        tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted.
+        """
+        start = time.monotonic()
+        limits = self.limits
+        best: tuple[int, Choice, Built] | None = None
+        while True:
+            for seed in range(self.document["seed"], self.document["seed"] + TRIES):
+                section = Section(self.p, f"{phase} {_name(choice)}")
+                choice.line.into(section, choice.ticks(self.p))
+                try:
+                    built = section.build(seed=seed, moves=self.document["moves"] or None)
+                except UserError:  # more streams on a link than it has flows
+                    continue
+                blocked = _blocked(built, choice.line.resting)
+                if best is None or blocked < best[0]:
+                    best = blocked, choice, built
+                if blocked > HOPELESS or not blocked:
+                    break
+            if smaller is None or (best is not None and not best[0]):
+                break
+            limits = Limits(limits.pcu * 2 // 3, limits.pmu * 2 // 3, limits.agcu)
+            fewer = smaller(limits)
+            if fewer is None:
+                break
+            choice = fewer
+        if best is None:
+            raise UserError(
+                f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
+            )
+        blocked, choice, built = best
+        if blocked:
+            self.notes.append(
+                f"{phase}, {_name(choice)}: {blocked} links are shared with streams that wait for others; it may stop for good"
+            )
+        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start))
+        return len(self.kernels) - 1
+
+    def _tag(self, kernel: int, layer: int) -> str:
+        return f"layer {layer} {self.kernels[kernel].phase.split()[0]} {self.kernels[kernel].name}".replace(
+            " ", "_"
+        )
+
+    # ---- tags, addresses, notes ---------------------------------------------------------------------
+
+    def _number_tags(self) -> None:
+        seen: dict[str, TagInfo] = {}
+        for launch in self.launches:
+            name = self.kernels[launch.kernel].name if launch.kernel >= 0 else "embedding"
+            seen.setdefault(launch.tag, TagInfo(launch.tag.replace("_", " "), name, launch.layer))
+        for kernel in self.kernels:
+            for tag in kernel.built.tags:
+                seen.setdefault(tag, TagInfo(tag.replace("_", " "), tag, -1))
+        self.tags, self.infos = list(seen), list(seen.values())
+
+    def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
+        """The first byte of a tensor; lines of their own, laid out as they are first asked for."""
+        line = self.spec.line_bytes
+        size = kernel.choice.line.extents[tensor]
+        tier = kernel.choice.line.tiers[tensor]
+        if tensor in ("x", "z") and layer >= 0:  # a layer reads what the one before wrote
+            key = ("rows", "xz"[(layer + (tensor == "z")) % 2], -1)
+            size = self._widest
+        elif tensor == "x":
+            key, size = ("rows", "xz"[self.model.layers % 2], -1), self._widest
+        elif tensor in ("keys.new", "values.new"):
+            key, size = ("cache", tensor.split(".")[0], layer), self.scenario.batch * self._cache_bytes()
+        elif tensor in ("keys", "values"):
+            key, size = ("cache", tensor, layer), self.scenario.batch * self._cache_bytes()
+        elif tensor in SHARED:
+            key = (kernel.phase, tensor, -1)
+        elif tensor in ACTIVATIONS or tier == "remote":
+            key, size = ("rows", tensor, -1), self._widest
+        else:
+            key = (f"{kernel.phase} {kernel.name}" if kernel.phase != "prompt" else "prompt", tensor, layer)
+        if key not in self.address:
+            self.address[key] = self.used[tier]
+            self.used[tier] += ceil_div(size, line) * line
+        return self.address[key]
+
+    @property
+    def _widest(self) -> int:
+        """Bytes of the largest matrix between sections."""
+        if self._most < 0:
+            names = (*ACTIVATIONS,)
+            self._most = max(
+                (
+                    n
+                    for k in self.kernels
+                    for t, n in k.choice.line.extents.items()
+                    if t in names or k.choice.line.tiers[t] == "remote"
+                ),
+                default=0,
+            ) * max(1, self.scenario.batch)
+        return self._most
+
+    def _arguments(self, launch: Launch) -> dict[int, int]:
+        kernel = self.kernels[launch.kernel]
+        return {
+            i: self._place(r.tensor, launch.layer, kernel) + r.offset + launch.slot.get(r.tensor, 0)
+            for i, r in enumerate(kernel.choice.line.arguments)
+        }
+
+    def _report(self) -> None:
+        p, s, m = self.p, self.scenario, self.model
+        document = []
+        for kernel in self.kernels:
+            choice, routing = kernel.choice, kernel.built.routing
+            line = choice.line
+            interval, busiest = line.interval()
+            counts = {kind: line.count(kind) for kind in ("pcu", "pmu", "agcu")}
+            there = {"pcu": p.pcus, "pmu": p.pmus, "agcu": 2 * p.agcus_per_side}
+            moved = choice.line_bytes()
+            bound = choice.ticks(p)
+            binds = "memory" if bound > interval else line.units[busiest[0]].tag
+            placement = kernel.built.placement
+            over = sum(len(links) for links in routing.overused.values())
+            self.notes.append(
+                f"{kernel.phase}, {kernel.name}: "
+                + ", ".join(f"{counts[k]} of {there[k]} {k.upper()}s" for k in counts)
+                + f"; at least {bound} ticks, {binds} binds; "
+                + ", ".join(f"{tier} {n / 1e6:.4g} MB" for tier, n in moved.items())
+                + f"; wires {float(placement.initial_cost):.4g} -> {float(placement.cost):.4g} hops a tick, "
+                f"most loaded link {float(routing.slow_down):.3g} (claimed), {over} links over, {kernel.seconds:.1f} s"
+            )
+            document.append(
+                {"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles}
+            )
+        self.document = {**self.document, "sections": document}
+        for launch in self.launches:
+            if launch.kernel >= 0:
+                self._arguments(launch)
+        hbm, ddr = self.spec.memory.hbm.bytes, self.spec.memory.ddr.bytes
+        cache = 2 * m.layers * s.batch * self._cache_bytes()
+        self.notes.append(
+            f"memory of a socket: {self.used['hbm'] / 1e9:.4g} GB, of which KV cache {cache / 1e9:.4g} GB, weights once "
+            f"for each phase in the order in which it streams them; HBM has {hbm / 1e9:.4g} GB, DDR {ddr / 1e9:.4g} GB"
+        )
+        if self.used["hbm"] > hbm + ddr:
+            raise UserError(
+                f"{m.name} needs {self.used['hbm'] / 1e9:.4g} GB of a socket; HBM and DDR have {(hbm + ddr) / 1e9:.4g} GB"
+            )
+        if self.used["hbm"] > hbm:
+            self.notes.append("that is more than HBM has; timed as if it fitted")
+
+    def draw(self) -> Callable[[], str] | None:
+        """The picture of the section with the most units."""
+        if not self.kernels:
+            return None
+        largest = max(self.kernels, key=lambda k: len(k.built.netlist.units))
+        return largest.built.svg
+
+    # ---- segments -----------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.launches)
+
+    def __iter__(self) -> Iterator[Segment]:
+        loaded = -1
+        host = self.document["orchestration"] == "host"
+        number = {tag: i for i, tag in enumerate(self.tags)}
+        lines = ceil_div(self.model.d_model * BF16_BYTES, self.spec.line_bytes)
+        for i, launch in enumerate(self.launches):
+            if launch.kernel < 0:  # rows of the table of embeddings, which the host chooses
+                tag = number[launch.tag]
+                copy = CODE.make("COPY", source=1, target=0, lines=-launch.kernel * lines, tag=tag)
+                yield Segment({"code": np.concatenate([copy, CODE.make("WAIT", tag=tag)])}, label=launch.tag)
+                continue
+            kernel = self.kernels[launch.kernel]
+            yield segment(
+                kernel.built, args=self._arguments(launch), index=i, load=launch.kernel != loaded, host=host,
+                tag=launch.tag, tags=self.tags,
+            )  # fmt: skip
+            loaded = launch.kernel

@@ -1,0 +1,421 @@
+"""A dataflow socket in time: a Program in, a Timeline out.
+
+The rules are those of `rtl.rdu`, which implements them anew: of operations those of its sequencer, of a kernel those
+of its units, switches, links and channels, tick for tick. `sim.rdu_build` lays out what a kernel runs on and
+`sim.rdu_engine` steps it, `sim.rdu_periods` leaps over what recurs.
+
+No timing depends on data, nor on addresses but for their place within a line: a kernel is a pure function of its
+configuration. With `fold` equal kernels are run once, links without a choice are joined, and where all state of a
+kernel recurs, its periods are taken in one step, as many as no counter ends in. The integers are the same without.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright.arch import rdu as arch
+from tilewright.arch.errors import UserError
+from tilewright.arch.isa import Program
+from tilewright.arch.scenario import Progress
+from tilewright.arch.timeline import SPAN, Timeline, fold_spans
+from tilewright.arch.trace import LOG
+from tilewright.sim import rdu_state as state
+from tilewright.sim.rdu_build import Kernel, build
+from tilewright.sim.rdu_engine import close
+from tilewright.sim.rdu_periods import run_kernel
+from tilewright.sim.rdu_ways import Tables, switch_tables
+
+_OPS = tuple(op.name for op in arch.OPS)
+_BUSY = 0
+_ARRIVAL, _LAUNCH, _MEMORY, _PIPELINE, _IDLE = (
+    arch.CAUSE[name] for name in ("arrival", "launch", "memory", "pipeline", "idle")
+)
+_COUNTER = {name: i for i, name in enumerate(arch.COUNTERS)}
+HOPS = ("vector_hops", "scalar_hops")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a kernel does once: K + 1 ticks of it are the units'."""
+
+    ticks: int  # K
+    units: tuple[str, ...]
+    tags: tuple[int, ...]
+    activity: np.ndarray  # int64[units, busy + causes]
+    busy: np.ndarray  # int64[units, 2]: first tick in which it is, -1 without any, and the last plus 1
+    counters: np.ndarray  # int64[units, COUNTERS]
+
+
+# ---- one kernel ---------------------------------------------------------------------------------------
+
+
+def execute(
+    p: arch.RduParams,
+    records: Mapping[str, np.ndarray],
+    args: Mapping[int, int] | None = None,
+    *,
+    older: Tables | None = None,
+    fold: bool = True,
+) -> Execution:
+    """Run what the records configure, from `start` until everything is quiet. See `build` for the arguments.
+
+    Raises UserError for a deadlock, for too many control tokens at an input, and for an access of an AGCU across
+    lines.
+    """
+    return _run(build(p, records, args or {}, older=older, fold=fold), p, fold)
+
+
+def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
+    m = kernel.machine
+    run_kernel(m, kernel.bits, fold)
+    _check(kernel, p)
+    close(m)
+    counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)
+    for chain, link, network, hops in kernel.routes:
+        counters[chain, _COUNTER[f"{arch.NETWORKS[network]}_hops"]] += m.link[link, state.PUSHES] * hops
+    for row, (operations, macs) in zip(m.pcu, kernel.work, strict=True):
+        steps = m.chain[row[state.UNIT], state.STEPS]
+        counters[row[state.UNIT], _COUNTER["iterations"]] = steps
+        counters[row[state.UNIT], _COUNTER["lane_ops"]] = steps * operations
+        counters[row[state.UNIT], _COUNTER["macs"]] = steps * macs
+    for row in m.pmu:
+        write, read = row[state.SIDE], row[state.SIDE + 1]
+        counters[write, _COUNTER["words_written"]] = row[state.MOVED]
+        counters[read, _COUNTER["words_read"]] = row[state.MOVED + 1]
+        counters[write, _COUNTER["bank_conflicts"]] = row[state.CONFLICTS]
+        counters[write, _COUNTER["dropped"]] = row[state.DROPPED]
+    for row, tier in zip(m.agcu, kernel.tiers, strict=True):
+        counters[row[state.AGCU], _COUNTER[f"{arch.TIERS[tier]}_lines"]] = row[state.LINES]
+    return Execution(
+        ticks=int(m.clock[state.QUIET] + m.clock[state.SKIPPED]),
+        units=kernel.units,
+        tags=kernel.tags,
+        activity=m.activity,
+        busy=m.chain[:, [state.FIRST, state.END]],
+        counters=counters,
+    )
+
+
+def _check(kernel: Kernel, p: arch.RduParams) -> None:
+    """Raise UserError where the kernel went wrong, or has not come to an end."""
+    m = kernel.machine
+    at = int(m.clock[state.FAULTY])
+    if m.clock[state.FAULT] == state.LINE_FAULT:
+        raise UserError(
+            f"{kernel.units[at]}: an iteration's elements must lie in one line of {p.lanes * arch.WORD_BITS // 8} "
+            f"bytes, on multiples of their size"
+        )
+    many = [i for i, row in enumerate(m.queue) if row[state.GIVEN] - row[state.TAKEN] > arch.TOKENS_HELD]
+    if m.clock[state.FAULT] == state.TOKENS_FAULT or many:
+        unit, source = kernel.waits[many[0] if many else at]
+        raise UserError(
+            f"{unit}: more than {arch.TOKENS_HELD} control tokens from {source} are held at one input"
+        )
+    waiting = _waiting(kernel)
+    if waiting:
+        more = f", and {len(waiting) - 8} more" if len(waiting) > 8 else ""
+        last = int(m.clock[state.ACTED] + m.clock[state.SKIPPED])
+        raise UserError(f"deadlock after tick {last}: {'; '.join(waiting[:8])}{more}")
+
+
+def _waiting(kernel: Kernel) -> list[str]:
+    """What each unit waits for that is not done; where all are, the packets that are left."""
+    m = kernel.machine
+    givers, takers = kernel.ways.parties(kernel.net)
+    ends: list[tuple[int, list[int], list[int]]] = []  # chain, links in, links out
+    for row in m.pcu:
+        used = row[state.INPUT : state.INPUT + row[state.INPUTS_USED]]
+        ends.append((row[state.UNIT], list(used), [row[state.VECTOR], row[state.SCALAR]]))
+    for row in m.pmu:
+        ends.append((row[state.SIDE], [row[state.FED]], []))
+        ends.append((row[state.SIDE + 1], [], [row[state.GIVES]]))
+    for row in m.agcu:
+        port, store = [row[state.PORT]], row[state.STORE]
+        ends.append((row[state.AGCU], port if store else [], [] if store else port))
+
+    def names(groups: list[list[str]]) -> str:
+        return ", ".join(sorted({name for group in groups for name in group})) or "nobody"
+
+    out = []
+    for chain, inputs, outputs in ends:
+        row = m.chain[chain]
+        cause = arch.CAUSES[row[state.CAUSE] - 1]
+        if cause == "token":
+            queues = [row[state.QUEUE + n] for n in range(arch.TOKENS) if row[state.WAIT] >> n & 1]
+            empty = [k for k in queues if m.queue[k, state.GIVEN] == m.queue[k, state.TAKEN]]
+            what = f"a token of {', '.join(sorted({kernel.waits[k][1] or 'nobody' for k in empty}))}"
+        elif cause == "operand":
+            what = f"packets of {names([givers[k] for k in inputs if not m.link[k, state.LEVEL]])}"
+        elif cause in ("output", "drain"):
+            what = f"room on the way to {names([takers[k] for k in outputs if k >= 0])}"
+        else:
+            continue
+        out.append(f"{kernel.units[chain]} waits for {what}")
+    if not out:
+        for k in np.flatnonzero(m.link[:, state.LEVEL]):
+            out.append(f"packets of {names([givers[k]])} are left for {names([takers[k]])}")
+    return list(dict.fromkeys(out))
+
+
+# ---- the sequencer ------------------------------------------------------------------------------------
+
+
+class _Run:
+    """A run so far: the sequencer's and the DMA's ticks, and what the units did."""
+
+    def __init__(self, p: arch.RduParams, tags: int):
+        self.p = p
+        self.now = 0
+        self.dma_idle = 0  # first tick in which the DMA is idle again
+        self.activity: dict[str, np.ndarray] = {}
+        self.outside = np.zeros((tags + 1, 1 + len(arch.CAUSES)), np.int64)
+        self.counters = np.zeros((tags + 1, len(arch.COUNTERS)), np.int64)
+        self.tags = tags
+
+    def unit(self, name: str) -> np.ndarray:
+        """The unit's ticks, int64[tags + 1, busy + causes]."""
+        if name not in self.activity:
+            self.activity[name] = np.zeros((self.tags + 1, 1 + len(arch.CAUSES)), np.int64)
+        return self.activity[name]
+
+    def charge(self, tag: int, sequencer: int, outside: int, ticks: int) -> None:
+        """So many ticks of the sequencer, and of all units outside kernels."""
+        self.unit("sequencer")[tag, sequencer] += ticks
+        self.outside[tag, outside] += ticks
+        self.now += ticks
+
+    def wait(self, tag: int, not_before: int, dma: bool) -> None:
+        """Up to the tick of an operation's issue."""
+        self.charge(-1, _ARRIVAL, _ARRIVAL, max(not_before - self.now, 0))
+        if dma:
+            self.charge(tag, _MEMORY, _IDLE, max(self.dma_idle - self.now, 0))
+
+    def copy(self, row: np.void) -> int:
+        """The DMA moves lines from the next tick on. Returns the tick in which it is idle again."""
+        p, tag = self.p, int(row["tag"])
+        lines, start = int(row["lines"]), self.now
+        beats = -(-lines // p.copy_lines)
+        last = -(-(beats - 1) * p.copy_q // p.copy_p)  # of the beats that it asks for
+        latency = int(p.latency[int(row["source"])])
+        dma = self.unit("dma")
+        dma[-1, _IDLE] += start - self.dma_idle
+        ticks = last + latency + 2 if lines else 1
+        dma[tag, _BUSY] += beats
+        dma[tag, _MEMORY] += last + 1 - beats if lines else 0
+        dma[tag, _PIPELINE] += ticks - (last + 1 if lines else 0)
+        self.counters[tag, _COUNTER["copied_lines"]] += lines
+        self.dma_idle = start + ticks
+        return self.dma_idle
+
+
+def simulate(
+    p: arch.RduParams,
+    program: Program,
+    *,
+    fold: bool = True,
+    progress: Progress | None = None,
+    steps: int = 0,
+    trace: int = 0,
+    decisions: Any = None,
+) -> Timeline:
+    """Run a program on the cycle model.
+
+    `fold` takes equal kernels, links without a choice, and a kernel's periods in one step; the integers are the same
+    without. `trace` keeps that many operations. `steps` is what `progress` counts up to. No timing of this machine
+    depends on data: `decisions` is ignored. Raises UserError for a program that the machine can't run, naming segment
+    and operation, and for a deadlock, naming the units that wait for one another.
+    """
+    segments = list(program.segments)
+    regions = [segment.regions for segment in segments]
+    highest = max(
+        (int(r[f]["tag"].max(initial=-1)) for r in regions for f in r if "tag" in (r[f].dtype.names or ())),
+        default=-1,
+    )
+    n_tags = max(len(program.tags), highest + 1)
+    run = _Run(p, n_tags)
+    run.unit("sequencer")
+    run.unit("dma")
+    machine = _Loaded()
+    memo: dict[tuple, Execution] = {}
+    spans: list[np.ndarray] = []
+    logs: list[tuple[int, int, int, int, int, int]] = []
+    inside = 0  # ticks of kernels so far
+    ran: dict[str, int] = {}  # of each unit, ticks of kernels for which it spoke for itself
+    for number, segment in enumerate(segments):
+        code = segment.regions.get("code", np.zeros(0, arch.CODE.dtype))
+        rows: list[tuple[int, int, int]] = []
+        for _ in range(segment.repeat):
+            for index, row in enumerate(code):
+                op, tag = _OPS[int(row["op"])], int(row["tag"])
+                where = f"segment {number}, operation {index} ({op})"
+                run.wait(tag, int(row["not_before"]), op in ("COPY", "WAIT"))
+                issued = run.now
+                loads = op in ("PROGRAM_LOAD", "ARGUMENT_LOAD")
+                kernel = op == "KERNEL_EXECUTE"
+                run.charge(tag, _BUSY, _LAUNCH if loads or kernel else _IDLE, 1)
+                end = run.now
+                if loads:
+                    section = int(row["section"])
+                    if section >= len(segments):
+                        raise UserError(f"{where}: section must be in 0..{len(segments) - 1}, not {section}")
+                    if op == "PROGRAM_LOAD":
+                        count = machine.load(section, regions[section])
+                        latency = p.program_load
+                    else:
+                        count = machine.argue(regions[section])
+                        latency = p.argument_load
+                    run.charge(tag, _LAUNCH, _LAUNCH, latency)
+                    run.charge(tag, _BUSY, _LAUNCH, count)
+                    end = run.now
+                elif kernel:
+                    run.charge(tag, _LAUNCH, _LAUNCH, p.host_launch if row["host"] else p.hardware_launch)
+                    try:
+                        did = machine.execute(p, memo, fold)
+                    except UserError as error:
+                        raise UserError(f"{where}: {error}") from None
+                    for unit, own, activity, busy, counts in zip(
+                        did.units, did.tags, did.activity, did.busy, did.counters, strict=True
+                    ):
+                        run.unit(unit)[own] += activity
+                        ran[unit] = ran.get(unit, 0) + did.ticks + 1
+                        run.counters[own] += counts
+                        if busy[0] >= 0:
+                            rows.append((own, run.now + int(busy[0]), run.now + int(busy[1])))
+                    run.counters[tag, _COUNTER["launches"]] += 1
+                    run.unit("sequencer")[tag, _PIPELINE] += did.ticks + 1
+                    inside += did.ticks + 1
+                    run.now += did.ticks + 1
+                    end = run.now
+                elif op == "COPY":
+                    _check_copy(p, row, where)
+                    end = run.copy(row)
+                rows.append((tag, issued, end))
+                if len(logs) < trace:
+                    logs.append((number, index, tag, int(row["op"]), issued, end))
+        if rows:
+            tag_log, firsts, ends = np.array(rows, np.int64).T
+            spans.append(fold_spans(tag_log, firsts, ends, number))
+        if progress:
+            progress(number + 1, steps)
+    run.charge(-1, _MEMORY, _IDLE, max(run.dma_idle - run.now, 0))
+    run.charge(-1, _BUSY, _IDLE, 1)
+    run.unit("dma")[-1, _IDLE] += run.now - run.dma_idle
+    # Outside its kernels a unit has nothing to do; in those of sections that it is not part of, neither.
+    units = tuple(sorted((u for r in regions for u in _configured(r)), key=_order(p)))
+    units = ("sequencer", "dma", *dict.fromkeys(units))
+    for unit in units[2:]:
+        run.unit(unit)[:] += run.outside
+        run.unit(unit)[-1, _IDLE] += inside - ran.get(unit, 0)
+    activity = np.stack([run.unit(unit) for unit in units], axis=1)
+    return Timeline(
+        ticks=run.now,
+        tags=[*program.tags, *(f"tag {i}" for i in range(len(program.tags), n_tags))],
+        spans=np.concatenate(spans) if spans else np.zeros(0, SPAN),
+        counter_names=arch.COUNTERS,
+        counters=run.counters,
+        units=units,
+        causes=arch.CAUSES,
+        activity=activity,
+        labels=[segment.label for segment in segments],
+        # Iterations of units, and packets by link.
+        events=int(activity[:, :, _BUSY].sum() + run.counters[:, [_COUNTER[name] for name in HOPS]].sum()),
+        log=_log(logs) if trace else None,
+        waiting=("operand", "token", "launch", "arrival", "pipeline", "idle"),
+    )
+
+
+class _Loaded:
+    """What the units, switches and argument registers hold."""
+
+    def __init__(self) -> None:
+        self.section = -1
+        self.records: Mapping[str, np.ndarray] = {}
+        self.tables: dict[tuple[int, int, int, int, int], tuple[int, int]] = {}
+        self.args: dict[int, int] = {}
+        self.digests: dict[int, bytes] = {}
+        self.open: set[bytes] = set()  # sections that look up what others left in the tables
+
+    def load(self, section: int, regions: Mapping[str, np.ndarray]) -> int:
+        """A segment's configuration takes the place of the last one's. Returns its records."""
+        self.tables.update(switch_tables(self.records))
+        self.section = section
+        self.records = {r.region: regions[r.region] for r in arch.CONFIGS if r.region in regions}
+        if section not in self.digests:
+            h = hashlib.sha256()
+            for name, rows in self.records.items():
+                h.update(f"{name} {len(rows)} ".encode())
+                h.update(np.ascontiguousarray(rows).tobytes())
+            self.digests[section] = h.digest()
+        return sum(len(rows) for rows in self.records.values())
+
+    def argue(self, regions: Mapping[str, np.ndarray]) -> int:
+        """Argument registers are written. Returns how many."""
+        rows = regions.get("args", np.zeros(0, arch.ARGS.dtype))
+        self.args.update(zip(rows["index"].tolist(), rows["value"].tolist(), strict=True))
+        return len(rows)
+
+    def execute(self, p: arch.RduParams, memo: dict[tuple, Execution], fold: bool) -> Execution:
+        """What a kernel of the present configuration does; `memo` holds what others did."""
+        digest = self.digests.get(self.section, b"")
+        line = p.lanes * arch.WORD_BITS // 8
+        gates = self.records.get("config.agcu", np.zeros(0, arch.CONFIG_AGCU.dtype))
+        places = tuple(self.args.get(int(index), 0) % line for index in gates["argument"])
+        key = (digest, places)
+        if fold and key in memo:
+            return memo[key]
+        kernel = build(p, self.records, self.args, older=self.tables, fold=fold)
+        out = _run(kernel, p, fold)
+        if kernel.own:
+            memo[key] = out
+        return out
+
+
+def _configured(regions: Mapping[str, np.ndarray]) -> list[str]:
+    """Names of the units with a configuration record."""
+
+    def places(region: str) -> list[str]:
+        rows = regions.get(region)
+        return [] if rows is None else [f"{x},{y}" for x, y in zip(rows["x"], rows["y"], strict=True)]
+
+    gates = regions.get("config.agcu")
+    return [
+        *(f"pcu@{place}" for place in places("config.pcu")),
+        *(f"pmu.{side}@{place}" for place in places("config.pmu") for side in ("write", "read")),
+        *([] if gates is None else [f"agcu@{i}" for i in gates["agcu"]]),
+    ]
+
+
+def _order(p: arch.RduParams) -> Any:
+    """Units row by row, then AGCUs."""
+
+    def key(name: str) -> tuple[int, int, int]:
+        kind, _, place = name.partition("@")
+        if kind == "agcu":
+            return 1, int(place), 0
+        x, y = map(int, place.split(","))
+        return 0, y * p.columns + x, int(kind == "pmu.read")
+
+    return key
+
+
+def _check_copy(p: arch.RduParams, row: np.void, where: str) -> None:
+    for tier, first in (("source", "from"), ("target", "to")):
+        k = int(row[tier])
+        if k >= 2:
+            raise UserError(f"{where}: {tier} must be hbm or ddr, not {arch.TIERS[k]}")
+        if int(row[first]) + int(row["lines"]) > p.tier_lines[k]:
+            raise UserError(
+                f"{where}: {first} {int(row[first])} and lines {int(row['lines'])} reach beyond the "
+                f"{int(p.tier_lines[k])} lines of {arch.TIERS[k]}"
+            )
+
+
+def _log(rows: list[tuple[int, int, int, int, int, int]]) -> np.ndarray:
+    """Rows of LOG."""
+    out = np.zeros(len(rows), LOG)
+    for k, (segment, index, tag, op, first, end) in enumerate(rows):
+        out[k] = (segment, index, tag, op, first, first, end, end)
+    return out

@@ -1,0 +1,126 @@
+"""Stages of a pipeline: buffers, tokens, and who waits for whom."""
+
+import pytest
+
+from tilewright.arch.errors import UserError
+from tilewright.mappers.rdu.section import Section
+from tilewright.mappers.rdu.stages import Pipeline, constant, first_column, stage
+
+from .units import small
+
+PARAMS = small(
+    pcu__lanes=8, pcu__stages=8, pcu__systolic="true", pmu__banks=32, pmu__bytes=65536, memory__hbm__bytes=1048576,
+    memory__hbm__channels=16, node__p2p_channels=16,
+)  # fmt: skip
+
+
+def line(**fields):
+    return Pipeline(PARAMS, **fields)
+
+
+def test_constants_and_columns():
+    assert constant(1.0) == 0x3F800000
+    assert stage("multiply", 0, 2.0, 4)["constant"] == 0x40000000
+    assert stage("add", 0, 1)["b"] == 1
+    assert stage("add", 0, "lane")["b_from"] == "lane"
+    # 10 columns by 3 units of 4: the last ends with the last column, and gives two that another gives, too.
+    assert [first_column(i, 3, 4, 10) for i in range(3)] == [0, 4, 6]
+    assert first_column(0, 1, 12, 10) == 0
+
+
+def test_buffer_of_one_source_counts_its_columns():
+    p = line(blocks=4)
+    x = p.load("x", "load", "x", 6)
+    p.read("r", "t", x, [(6, 1), (3, 0)])
+    f = p.units["r.0"].fields
+    # 6 columns of 8 words are 48, in slots of 64 so that a bank bit tells the two buffers apart.
+    assert (f["write_count0"], f["write_stride0"], f["write_count1"], f["write_stride1"]) == (6, 8, 2, 64)
+    assert (f["read_count0"], f["read_count1"], f["read_count2"], f["read_stride2"]) == (6, 3, 2, 64)
+    assert f["bank_bit4"] == 6
+    assert p.work["r.0"] == 4 * 18
+
+
+def test_buffer_of_many_sources_takes_sequence_ids():
+    p = line(blocks=2)
+    x = p.read("x", "t", p.load("in", "load", "x", 5), [(5, 1), (1, 0)])
+    weights = p.weights("w", "t", "w", 5, 1, 2, 1)
+    y = p.product("y", "t", x, 5, 1, weights, 16)
+    p.read("r", "t", y, [(16, 1)])
+    f = p.units["r.0"].fields
+    # Each unit counts on, 8 a block; the second block begins 8 * 8 words lower, but in the other buffer of 128.
+    assert f["sequence_scale"] == 8
+    assert (f["write_count0"], f["write_stride1"]) == (16, 128 - 64)
+    assert [p.units[f"y.0.{j}"].fields["sequence"] for j in range(2)] == [0, 8]
+    # What begins a block of x waits for the buffer to be free, and for the block before to be complete.
+    assert ("r.0.write", 1) in p.starts["x.0.read"]
+    assert ("r.0.read", 2) in p.starts["x.0.read"]
+
+
+def test_tokens_beyond_the_inputs_are_joined():
+    p = line(blocks=2)
+    x = p.load("x", "load", "x", 4)
+    for i in range(6):
+        p.read(f"r{i}", "t", x, [(4, 1)])
+    p.close()
+    # Six buffers must be free: one unit takes four of the tokens, one the others.
+    joins = [name for name in p.units if ".join" in name]
+    assert len(joins) == 2
+    assert sum(sink in joins for _, sink, _ in p.tokens) == 6
+    assert sum(sink == "x.0" for _, sink, _ in p.tokens) == 2
+
+
+def test_scalars_fill_registers_of_their_own():
+    p = line(blocks=2)
+    x = p.load("x", "load", "x", 4)
+    gain = p.broadcast("gain", "t", "gain", 4)
+    p.simd("y", "t", [(x, 0), (gain, 0)], [stage("multiply", 0, 1, 4)], 4, result=4)
+    u = p.units["y.0"]
+    # The gain is scalar input 0, register 4; what stages call register 4 moves up.
+    assert (u.fields["vectors"], u.fields["scalars"], u.fields["result"]) == (1, 1, 5)
+    assert (u.stages[0]["a"], u.stages[0]["b"], u.stages[0]["to"]) == (0, 4, 5)
+
+
+def test_all_reduce_moves_what_a_ring_moves():
+    p = line(blocks=2)
+    x = p.load("x", "load", "x", 8)
+    out = p.all_reduce("sum", "t", x, 4)
+    # 2 (4 - 1) / 4 of 2 blocks of 8 columns of 8 rows of bf16 leave, and as many come.
+    sent = sum(n for name, n in p.traffic.items() if ".send" in name)
+    assert sent == 2 * 3 * 8 * 2 * 8 * 2 // 4
+    assert sent == sum(n for name, n in p.traffic.items() if ".receive" in name)
+    assert (out.columns, len(out.sources[0]), out.each) == (8, 4, 2)
+
+
+def test_a_section_takes_it_all():
+    p = line(groups=2, blocks=2)
+    x = p.read("x", "t", p.load("in", "load", "x", 8), [(8, 1), (1, 0)])
+    y = p.product("y", "t", x, 8, 1, p.weights("w", "t", "w", 8, 1, 1, 1), 8)
+    p.store("out", "t", p.read("r", "t", y, [(8, 1)]), "y")
+    section = Section(PARAMS, "s")
+    p.into(section)
+    built = section.build(moves=10_000)
+    assert len(built.records["config.pcu"]) == p.count("pcu")
+    assert len(built.records["config.agcu"]) == p.count("agcu") == 5
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [(2000, "buffer r: 2 x 2000 columns of 8 rows are 32000 words; a PMU has 16384")],
+)
+def test_buffers_fit(columns, message):
+    p = line(blocks=2)
+    with pytest.raises(UserError, match=message):
+        p.read("r", "t", p.load("x", "load", "x", columns))
+
+
+def test_limits_are_named():
+    p = line()
+    x = p.load("x", "load", "x", 4)
+    with pytest.raises(UserError, match="unit y needs 9 stages; a PCU has 8"):
+        p.simd("y", "t", [(x, 0)], [stage("add", 0, 0)] * 9, 4)
+    with pytest.raises(UserError, match="unit y needs 5 vector inputs; a PCU has 4"):
+        p.simd("y", "t", [(x, 0)] * 5, [], 4)
+    with pytest.raises(UserError, match="6 columns are no multiple of 4 sockets"):
+        p.all_reduce("sum", "t", p.load("y", "load", "y", 6), 4)
+    with pytest.raises(ValueError, match="blocks must be even or 1, not 3"):
+        line(blocks=3)
