@@ -93,7 +93,7 @@ COUNTERS = (
     *("programs", "erases", "forwarded_lines", "vector_lines", "group_lines"),
     *("products", "exponentials", "compared_words", "scalar_steps"),
 )
-# Operations and bytes of the GPU, and bytes over each path: those of one drive's share of the work.
+# Operations and bytes of the GPUs, and bytes over each path for one drive: its share where drives share the path.
 SYSTEM_COUNTERS = ("gpu_ops", "gpu_bytes", "link_bytes", "host_bytes", "ssd_read_bytes", "ssd_write_bytes")
 
 # ---- instruction set ----------------------------------------------------------------------------------
@@ -127,8 +127,12 @@ _CODE = (
     Field("line", LINE_BITS, "first line of the vectors: queries, keys, or what is read"),
     Field("line2", LINE_BITS, "first line of the results, or of the values"),
     Field("count", 12, "pages of each head, or blocks of each plane", 1),
-    Field("after", 3, "what must be done with the commands before: 1 GPU, 2 link, 4 drive, programs and erases in the "
-          "background apart"),
+    Field(
+        "after",
+        3,
+        "what must be done with the commands before: 1 GPU, 2 link, 4 drive, programs and erases in the "
+        "background apart",
+    ),
     Field("operations", 48, "FP16 operations of the GPU"),
     Field("bytes", 48, "bytes that the GPU, or the link, moves"),
     Field("path", 2, "between the GPU and what", names=PATHS),
@@ -164,7 +168,11 @@ OPS = (
         "`count` pages of each head, from table entry `first` on, whole, to `line`",
     ),
     Op("RECLAIM", ("count", "after"), "erase the oldest `count` blocks of every plane"),
-    Op("GPU", ("operations", "bytes", "after"), "operators of the GPU, known by their amount alone; the RTL has no GPU"),
+    Op(
+        "GPU",
+        ("operations", "bytes", "after"),
+        "operators of the GPU, known by their amount alone; the RTL has no GPU",
+    ),
     Op("LINK", ("bytes", "path", "after"), "a transfer, known by its amount alone; the RTL has no link"),
 )
 ISA = InstructionSet("csd", (Record("code", _CODE, OPS),))

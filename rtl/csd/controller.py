@@ -148,7 +148,10 @@ class FlashController(wiring.Component):
             pages.i.valid.eq(channel.read_valid),
             pages.i.payload.address.eq(channel.read_address),
             pages.i.payload.job.eq(channel.read_tag),
-            *(getattr(self, name).eq(getattr(channel, name)) for name in ("bus", "command", "command_kind", "command_planes")),
+            *(
+                getattr(self, name).eq(getattr(channel, name))
+                for name in ("bus", "command", "command_kind", "command_planes")
+            ),
             cells.write_enable.eq(self.write),
             cells.write_address.eq(Cat(self.write_word, self.write_address.as_value())),
             cells.write_data.eq(self.write_data),
@@ -208,7 +211,9 @@ class PortSwitch(wiring.Component):
 
     def __init__(self, *, sources: int):
         self._sources = sources
-        super().__init__({"clear": In(1), "requests": In(sources), "releases": In(sources), "grant": Out(sources)})
+        super().__init__(
+            {"clear": In(1), "requests": In(sources), "releases": In(sources), "grant": Out(sources)}
+        )
 
     def elaborate(self, platform):
         m = Module()

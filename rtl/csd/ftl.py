@@ -67,7 +67,9 @@ class PageTables(wiring.Component):
         m = Module()
         channels = self._params.flash.channels
         width = self._address.size
-        m.submodules.table = table = store(black_box=self._black_box, width=width, depth=1 << self._entry.size)
+        m.submodules.table = table = store(
+            black_box=self._black_box, width=width, depth=1 << self._entry.size
+        )
 
         def channel(entry):
             return (entry.slot + entry.position)[: channels.bit_length() - 1] if channels > 1 else 0

@@ -96,7 +96,13 @@ class OperandBuffer(wiring.Component):
             }
         data = lanes * FP16.width
         super().__init__(
-            {"stride": In(line), **ports, "write_mask": In(lanes), "write_data": In(data), "read_data": Out(data)}
+            {
+                "stride": In(line),
+                **ports,
+                "write_mask": In(lanes),
+                "write_data": In(data),
+                "read_data": Out(data),
+            }
         )
 
     def elaborate(self, platform):
@@ -108,7 +114,9 @@ class OperandBuffer(wiring.Component):
         def addresses(access):
             column, line = getattr(self, f"{access}_column"), getattr(self, f"{access}_line")
             places = [Signal.like(line, name=f"{access}_place_{j}") for j in range(lanes)]
-            m.d.comb += [place.eq(line + Mux(column, step, 0)) for place, step in zip(places, steps, strict=True)]
+            m.d.comb += [
+                place.eq(line + Mux(column, step, 0)) for place, step in zip(places, steps, strict=True)
+            ]
             return places
 
         values = [self.write_data.word_select(j, width) for j in range(lanes)]
@@ -118,7 +126,9 @@ class OperandBuffer(wiring.Component):
         asked = rotate(m, addresses("read"), self.read_turn)
         found = []
         for b in range(lanes):
-            m.submodules[f"bank_{b}"] = bank = store(black_box=self._black_box, width=width, depth=self._lines)
+            m.submodules[f"bank_{b}"] = bank = store(
+                black_box=self._black_box, width=width, depth=self._lines
+            )
             # A column at the buffer's end may reach beyond it with places that nobody uses.
             inside = asked[b] < self._lines
             m.d.comb += [

@@ -110,7 +110,9 @@ class GroupBuffer(wiring.Component):
         for lane in range(p.lanes):
             m.submodules[f"widen_{lane}"] = widen = FpConvert(source=FP16, result=FP32)
             m.submodules[f"add_{lane}"] = unit = FpAdd(format=FP32)
-            old = Mux(again, before.word_select(lane, FP32.width), sums.read_data.word_select(lane, FP32.width))
+            old = Mux(
+                again, before.word_select(lane, FP32.width), sums.read_data.word_select(lane, FP32.width)
+            )
             m.d.comb += [
                 widen.a.eq(values.word_select(lane, FP16.width)),
                 unit.a.eq(Mux(fresh, 0, old)),
