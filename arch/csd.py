@@ -103,6 +103,9 @@ FORMS = ("tokens", "channels")
 # Where a LINK moves bytes: between GPU and drive, host memory, or a plain SSD.
 PATHS = ("drive", "host", "ssd_read", "ssd_write")
 AFTER_GPU, AFTER_LINK, AFTER_DRIVE = 1, 2, 4  # of the field `after`
+# Label of segments that say what a drive holds when the run begins: CONFIG and WRITE, known to tables and logs alone,
+# done before the first tick.
+CACHED = "cached"
 SLOT_BITS, TOKEN_BITS, LINE_BITS = 24, 20, 32
 
 _CODE = (
@@ -329,6 +332,7 @@ class CsdParams(NamedTuple):
     scalar_ticks: np.ndarray  # int64[programs], in order of `scalar_programs`
     run_tokens: int
     patterns: int
+    log_strides: np.ndarray  # int64[3]: pages of a log from one chip, die, plane to the next
     gpu_ops_p: int  # the GPUs' operations, p in q ticks
     gpu_ops_q: int
     gpu_bytes_p: int
@@ -337,6 +341,7 @@ class CsdParams(NamedTuple):
     path_p: np.ndarray  # int64[paths]: bytes in ticks, p in q
     path_q: np.ndarray
     path_latency: np.ndarray  # int64[paths], ticks
+    page_types: np.ndarray  # int64[pages of a block]: 0, 1, 2 for LSB, CSB, MSB
     flash: FlashParams
 
 
@@ -476,7 +481,9 @@ class CsdSpec(Spec):
             scalar_ticks=_array(list(scalar_ticks(e.reciprocal_iterations, e.rsqrt_iterations).values())),
             run_tokens=a.run_tokens,
             patterns=a.patterns,
+            log_strides=_array(log_strides(self.flash_device.params(), self.flash.placement.order)),
             **self._system(),
+            page_types=_array(page_types(self)),
             flash=self.flash_device.params(),
         )
 
@@ -679,6 +686,16 @@ def log_address(f: FlashParams, order: str, position: int) -> dict[str, int]:
     return out
 
 
+def log_strides(f: FlashParams, order: str) -> list[int]:
+    """Pages of a log from one chip, die, plane to the next, in the order of `flash.placement`."""
+    sizes, out, stride = {"W": f.chips, "D": f.dies, "P": f.planes}, {}, 1
+    for letter in order:
+        if letter != "C":
+            out[letter] = stride
+            stride *= sizes[letter]
+    return [out[letter] for letter in "WDP"]
+
+
 def entry(slot: int, position: int, table_bits: int) -> int:
     """The address of a slot's table entry: the two side by side."""
     return slot << table_bits | position
@@ -699,6 +716,28 @@ def buffered_rows(p: CsdParams, row_lines: int) -> int:
     return p.buffer_lines // row_lines
 
 
+def image_shapes(p: CsdParams) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The arrays of a memory image, by name: dtype and shape.
+
+    | array   | holds                                                                                        |
+    | ------- | -------------------------------------------------------------------------------------------- |
+    | vectors | FP16 bits: lines that the host leaves and fetches                                            |
+    | groups  | FP16 bits of the group buffer: of each slot the even and the odd group, keys then values     |
+    | sums    | FP32 bits: the sum of each slot's values so far                                              |
+    | cells   | FP16 bits of every page                                                                      |
+
+    Tables and logs are no part of it: a run begins with empty ones, and reads only what it has written. Lines behind
+    the last row of a page are not written, neither in `groups` nor in `cells`.
+    """
+    f, page = p.flash, (p.page_lines, p.lanes)
+    return {
+        "vectors": ("uint16", (p.vector_lines, p.lanes)),
+        "groups": ("uint16", (p.slots, 2, 2, *page)),
+        "sums": ("uint32", (p.slots, p.max_channels)),
+        "cells": ("uint16", (f.channels, f.chips, f.dies, f.planes, f.blocks, f.pages, *page)),
+    }
+
+
 # ---- host port ----------------------------------------------------------------------------------------
 
 _COMMANDS = ("read", "program", "erase")
@@ -712,16 +751,20 @@ REGISTERS = (
 )
 
 
-def register_values(spec: CsdSpec, length: int) -> list[int]:
+def register_values(p: CsdParams, length: int) -> list[int]:
     """What the RTL's registers hold for a program of `length` commands: flash times in ticks.
 
     A read's time has the move to the cache register in it where reads are cached, as `FlashParams.read` has; times of
     page types that the cells do not have are 1.
     """
-    t = spec.flash_device.timing
-    cached = t["cache_busy"] if spec.flash.scheduler.cache_read else 0
-    values = {"length": length, **{name: t.get(name, 1) for name in REGISTERS[1:]}}
-    return [v + cached if name in ("read_lsb", "read_csb", "read_msb") else v for name, v in values.items()]
+    f, types = p.flash, p.page_types.tolist()
+    times = [
+        [int(array[types.index(kind)]) if kind in types else 1 for kind in range(3)]
+        for array in (f.read, f.program)
+    ]
+    first = f.command[:, 1].tolist()
+    more = (f.command[:, 2] - f.command[:, 1]).tolist() if f.planes > 1 else [0, 0, 0]
+    return [length, *first, *more, f.page_transfer, *times[0], *times[1], f.erase]
 
 
 def page_types(spec: CsdSpec) -> tuple[int, ...]:
@@ -781,10 +824,11 @@ def trace_form(spec: CsdSpec) -> TraceForm:
 
 
 def energy(spec: CsdSpec) -> tuple[EnergyRow, ...]:
-    """Energy of each event and of background, in picojoules, of one drive.
+    """Energy of each event of a drive and of background, in picojoules for all drives, and of the GPUs.
 
     A page that is read crosses its channel whole, whatever its filter forwards; a forwarded line is written to an
-    operand buffer and read from it once.
+    operand buffer and read from it once. GPUs draw their rated power while they work: an upper bound. Nobody states
+    what they draw while they wait, nor the energy of a link.
     """
     e, p = spec.energy, spec.params()
     line_bits = p.lanes * FP16.width
@@ -795,8 +839,10 @@ def energy(spec: CsdSpec) -> tuple[EnergyRow, ...]:
     erased = e.block_erase_uj * 10**6
     line = e.dram_pj_per_bit * line_bits
 
+    gpus_w = load_roofline(spec.host.gpu).power.peak_w * spec.host.gpus
+
     def row(name: str, counter: str, pj: Fraction, source: str) -> EnergyRow:
-        return EnergyRow(name, counter, pj, source)
+        return EnergyRow(name, counter, pj * spec.drives, source)
 
     return (
         row("flash: channel-indexed pages", "channel_pages", read, sources),
@@ -822,6 +868,7 @@ def energy(spec: CsdSpec) -> tuple[EnergyRow, ...]:
         row("DRAM: vectors", "vector_lines", line, "energy.dram_pj_per_bit"),
         row("DRAM: group buffer", "group_lines", line, "energy.dram_pj_per_bit"),
         row("background", "ticks", e.idle_w * 10**12 * spec.tick.period_s, "energy.idle_w"),
+        EnergyRow("GPUs", "busy:gpu", gpus_w * 10**12 * spec.tick.period_s, "host.gpu, host.gpus: power.peak_w"),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
+from tilewright.arch.timeline import Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,8 @@ class Mapped:
     `tags[i]` describes tag i of the program; `document` is the mapping as a person may read, keep and hand
     back (`--mapping-out`, `--mapping`); `steps` counts the program's segments. A segment is a step (the prompt, or a
     token) of its own, unless `step_of` has the step of each. `draw` gives an SVG picture of the mapping, where
-    there is one. `beside` are mapping documents of ways to do without what this mapping does, by name: they are
-    run too, to compare with.
+    there is one. `conclude` gives notes that follow from the run's Timeline. `beside` are mapping documents of ways to
+    do without what this mapping does, by name: they are run too, to compare with.
     """
 
     program: Program
@@ -60,6 +61,7 @@ class Mapped:
     notes: Sequence[str] = field(default=())
     assumed: Sequence[str] = field(default=())
     draw: Callable[[], str] | None = None
+    conclude: Callable[[Timeline], Sequence[str]] | None = None
     beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

@@ -136,8 +136,12 @@ def sparf(
     k: int,
     local: int = 0,
     value_sum: Bits32 | None = None,
+    share: np.float32 | None = None,
+    estimate_keys: Bits16 | None = None,
 ) -> Attention:
     """Attention over k tokens, found by an estimate from r channels; the last `local` ones come first.
+
+    `estimate_keys` is what the estimate reads where keys are stored a second time, `share` what it is told as 1/S.
 
     Without `value_sum` the tokens left out count for nothing (alpha = 1 in step 11), as SparQ has it for
     grouped queries; the alpha returned is that of step 7. Raises ValueError as `dense` does, and for r or k
@@ -150,12 +154,15 @@ def sparf(
     want = (heads, values.shape[-1])
     if value_sum is not None and (value_sum.dtype, value_sum.shape) != (np.uint32, want):
         raise ValueError(f"value_sum must be uint32 {want}, not {value_sum.dtype} {value_sum.shape}")
+    twice = keys if estimate_keys is None else estimate_keys
+    if (twice.dtype, twice.shape) != (np.uint16, keys.shape):
+        raise ValueError(f"estimate_keys must be uint16 {keys.shape}, not {twice.dtype} {twice.shape}")
     if k >= n:
         return dense(q, keys, values, scale, engine)
     channels = select_channels(q, r)
     c = positions(channels)
     estimate = weigh(
-        scores(_take(q, c, -1), _take(keys, c, -1), engine.lanes),
+        scores(_take(q, c, -1), _take(twice, c, -1), engine.lanes),
         temperature(q, channels, scale, engine)[..., None],
         engine,
     )
@@ -167,7 +174,7 @@ def sparf(
     if value_sum is None:
         out = out * w.inverse[..., None]
     else:
-        rest = (_ONE - alpha) * np.float32(1 / n)
+        rest = (_ONE - alpha) * np.float32(1 / n if share is None else share)
         out = out * (alpha * w.inverse)[..., None] + value_sum.view(np.float32)[:, None] * rest[..., None]
     return Attention(_fp16(out), alpha, channels, tokens)
 

@@ -18,11 +18,12 @@ __all__ = ["FlashController", "PortSwitch", "job_layout", "line_layout"]
 
 
 def job_layout(p: CsdParams, ports: int) -> data.StructLayout:
-    """What is to be done with a page that is read: for whom, which rows of how many lines, and how many selected
-    rows came in pages before."""
+    """What is to be done with a page that is read: for whom, in which of two passes (`turn`), which rows of how many
+    lines, and how many selected rows came in pages before."""
     return data.StructLayout(
         {
             "port": bits_for(ports - 1),
+            "turn": 1,
             "mask": p.page_lines,
             "row_lines": bits_for(p.page_lines),
             "rank": bits_for(max(p.max_tokens, p.max_channels)),
@@ -31,9 +32,10 @@ def job_layout(p: CsdParams, ports: int) -> data.StructLayout:
 
 
 def line_layout(p: CsdParams) -> data.StructLayout:
-    """A line on its way: line `word` of selected row `row`."""
+    """A line on its way: line `word` of selected row `row` of the pass `turn`."""
     return data.StructLayout(
         {
+            "turn": 1,
             "row": bits_for(max(p.max_tokens, p.max_channels)),
             "word": bits_for(p.page_lines - 1),
             "data": p.lanes * FP16.width,
@@ -72,6 +74,7 @@ class FlashController(wiring.Component):
     job            In  job_layout    of a read
     ready          Out 1
     working        Out 1             an operation is held
+    unfinished     Out 1             one of them is not through its cells and the bus in this tick
     write          In  1             a line of cells is written
     write_address  In  layout        its page
     write_word     In                which line of it
@@ -102,6 +105,7 @@ class FlashController(wiring.Component):
                 "job": In(job_layout(p, ports)),
                 "ready": Out(1),
                 "working": Out(1),
+                "unfinished": Out(1),
                 "write": In(1),
                 "write_address": In(address),
                 "write_word": In(bits_for(p.page_lines - 1)),
@@ -139,6 +143,7 @@ class FlashController(wiring.Component):
         m.d.comb += [
             self.ready.eq(held != depth),
             self.working.eq(held != 0),
+            self.unfinished.eq((channel.held & ~channel.finished).any()),
             channel.clear.eq(self.clear),
             channel.times.eq(self.times),
             channel.push.eq(self.push),
@@ -180,6 +185,7 @@ class FlashController(wiring.Component):
         m.d.sync += [
             self.valid.eq(rows.valid),
             self.port.eq(now.job.port),
+            self.line.turn.eq(now.job.turn),
             self.line.row.eq(now.job.rank + rows.row),
             self.line.word.eq(rows.word),
         ]

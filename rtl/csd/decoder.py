@@ -5,7 +5,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
-from tilewright.arch.csd import CAUSES, CONFIGURATION, ISA, OP, READERS
+from tilewright.arch.csd import AFTER_DRIVE, CAUSES, CONFIGURATION, ISA, OP, READERS
 from tilewright.rtl.layouts import layout_of
 
 __all__ = ["TICK_BITS", "CommandDecoder", "configuration_layout"]
@@ -23,8 +23,8 @@ class CommandDecoder(wiring.Component):
     """Dispatches at most one command a tick, in order, each not before its tick.
 
     A CONFIG takes effect with the next tick, when no unit works for a command before it. Commands that read the cache
-    (ATTEND, TRANSPOSE, READ) wait for writes before them (WRITE, RECLAIM), and these for reads. Stalls are charged in
-    the order of `arch.csd.CAUSES`. The run ends with a tick that finds the end of the program and no unit at work.
+    (ATTEND, TRANSPOSE, READ) wait for writes before them (WRITE, RECLAIM), and these for reads; with `AFTER_DRIVE` in
+    `after` a command waits for both. Stalls are charged in the order of `arch.csd.CAUSES`. The run ends with a tick that finds the end of the program and no unit at work.
 
     Parameters
     ----------
@@ -79,12 +79,13 @@ class CommandDecoder(wiring.Component):
         m = Module()
         op = self.command.op
         reads, configures, end = Signal(), Signal(), Signal()
-        kind = Signal(2)
+        kind, others = Signal(2), Signal(2)  # where it goes; what must not be at work
         m.d.comb += [
             self.command.eq(self.code_data),
             reads.eq(sum((op == code for code in READERS), Const(0))),
             configures.eq(op == OP["CONFIG"]),
             kind.eq(Mux(configures, 0, Mux(reads, 0b01, 0b10))),
+            others.eq(~kind | (self.command.after & AFTER_DRIVE != 0).replicate(2)),
             end.eq(self.number == self.length),
         ]
         taken = Signal()
@@ -96,7 +97,7 @@ class CommandDecoder(wiring.Component):
                 ]
             with m.Elif((self.full & kind).any()):
                 m.d.comb += self.stall.eq(CAUSES.index("queue"))
-            with m.Elif(Mux(configures, self.busy.any(), (self.busy & ~kind).any())):
+            with m.Elif((self.busy & others).any()):
                 m.d.comb += self.stall.eq(CAUSES.index("order"))
             with m.Elif(self.tick < self.command.not_before):
                 m.d.comb += self.stall.eq(CAUSES.index("arrival"))

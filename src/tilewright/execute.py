@@ -72,8 +72,8 @@ def execute(
     before = load_image(spec, image) if values or image is not None or engine == "rtl" else None
     try:
         kept = 0 if trace is None else trace_limit
-        timeline: Timeline = cycle_model(slug)(params, program, trace=kept)
-        after = interpret(spec, program, before) if values and before is not None else None
+        after, decisions = interpret(spec, program, before) if values and before is not None else (None, None)
+        timeline: Timeline = cycle_model(slug)(params, program, trace=kept, decisions=decisions)
         if engine == "sim":
             if trace is not None:
                 write_trace(trace, spec, timeline, trace_limit)
@@ -93,10 +93,14 @@ def _result(spec: specs.Spec, timeline: Timeline, rows: Any) -> Result:
     return Result(spec=spec, tick=tick, assumed=spec.assumed(), **of_timeline(timeline, tags, rows))
 
 
-def interpret(spec: specs.Spec, program: Program, image: Image) -> Image:
-    """The image that the program leaves by its meaning alone. Raises ValueError for a wrong access."""
-    after: Image = registry.room("workloads", spec.target_name).interpret(spec, program, image)[0]
-    return after
+def interpret(spec: specs.Spec, program: Program, image: Image) -> tuple[Image, Mapping[str, Any]]:
+    """The image that the program leaves by its meaning alone, and the decisions that its timing depends on.
+
+    Raises ValueError for a wrong access.
+    """
+    out: tuple[Image, Mapping[str, Any]]
+    out = registry.room("workloads", spec.target_name).interpret(spec, program, image)
+    return out
 
 
 def run_rtl(

@@ -83,7 +83,7 @@ def run(
         tick=spec.tick,
         assumed=spec.assumed(),
         choices=mapped.assumed,
-        notes=mapped.notes,
+        notes=[*mapped.notes, *(mapped.conclude(timeline) if mapped.conclude is not None else ())],
         **of_timeline(
             timeline, mapped.tags, registry.room("arch", slug).energy(spec), by_step, mapped.step_of
         ),

@@ -82,6 +82,14 @@ def test_a_configuration_waits_for_both(first):
     ]
 
 
+def test_a_command_comes_after_those_of_its_own_kind_if_it_says_so():
+    # A read is at work from tick 1 to 3: another one does not mind, unless it comes after the drive; GPU and link are
+    # not the decoder's.
+    inputs = {1: {"busy": READ}, 4: {"busy": 0}}
+    assert [s[1] for s in run("ATTEND\nATTEND after=3", 4, inputs)] == ["busy", "busy", "drain", "drain"]
+    assert [s[1] for s in run("ATTEND\nATTEND after=4", 9, inputs)] == ["busy", *["order"] * 3, "busy", "busy"]
+
+
 def test_causes_are_charged_in_their_order():
     # Full, then out of order, then too early: each hides what comes after it in CAUSES.
     assert CAUSES.index("queue") < CAUSES.index("order") < CAUSES.index("arrival")

@@ -77,9 +77,9 @@ def test_a_wrong_expectation_fails(monkeypatch, tmp_path):
     true = plan.interpret
 
     def interpret(*args):
-        image = true(*args)
+        image, decisions = true(*args)
         image["results"][1, 0, 1, 2] ^= 1
-        return image
+        return image, decisions
 
     monkeypatch.setattr(plan, "interpret", interpret)
     report = engine.run(structure(3), programs=1, replay=tmp_path / "replay.json")

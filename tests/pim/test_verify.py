@@ -95,9 +95,9 @@ def test_a_wrong_expectation_fails(monkeypatch, tmp_path):
     true = plan.interpret
 
     def interpret(*args):
-        image = true(*args)
+        image, decisions = true(*args)
         image["gb"][0, 0] ^= 1
-        return image
+        return image, decisions
 
     monkeypatch.setattr(plan, "interpret", interpret)
     report = engine.run(structure(2), programs=1, replay=tmp_path / "replay.json")
@@ -151,7 +151,7 @@ def test_a_mutant_leaves_nothing_behind():
         edited(plan, "interpret", "no such text", ""),
     ):
         pass
-    with edited(plan, "interpret", "[0]", "[1]"):
+    with edited(plan, "interpret", "image)\n", "{})\n"):
         assert plan.interpret is not true
     assert plan.interpret is true
 

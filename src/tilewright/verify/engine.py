@@ -90,9 +90,20 @@ class Plan(Protocol):
 
     def image(self, spec: spec_files.Spec, seed: int) -> Image: ...
 
-    def interpret(self, spec: spec_files.Spec, program: Program, image: Image) -> Image: ...
+    def interpret(
+        self, spec: spec_files.Spec, program: Program, image: Image
+    ) -> tuple[Image, Mapping[str, Any]]:
+        """The image that the program leaves, and the decisions that its timing depends on."""
 
-    def simulate(self, spec: spec_files.Spec, program: Program, *, fold: bool, trace: bool) -> Timeline: ...
+    def simulate(
+        self,
+        spec: spec_files.Spec,
+        program: Program,
+        *,
+        fold: bool,
+        trace: bool,
+        decisions: Mapping[str, Any] | None = None,
+    ) -> Timeline: ...
 
     def build(self, spec: spec_files.Spec, waves: bool) -> Any: ...
 
@@ -309,13 +320,13 @@ class _Session:
         program = plan.ISA.assemble(case.text, f"program {i} of {structure.name}")
         steps = one_by_one(program)
         before = plan.image(case.spec, case.image_seed)
-        timeline = plan.simulate(case.spec, steps, fold=False, trace=True)
-        after = plan.interpret(case.spec, program, before)
+        after, decisions = plan.interpret(case.spec, program, before)
+        timeline = plan.simulate(case.spec, steps, fold=False, trace=True, decisions=decisions)
         observed = Observed(case, program, steps, timeline, before, after)
         objection = plan.referee(case.spec, timeline)
         if objection:
             self._mismatch(structure, i, case, f"referee: {objection}")
-        folded = plan.simulate(case.spec, program, fold=True, trace=False)
+        folded = plan.simulate(case.spec, program, fold=True, trace=False, decisions=decisions)
         difference = _tags(observed, folded) or _totals(timeline, folded, "unfolded model", "folded model")
         if difference:
             self._mismatch(structure, i, case, difference)

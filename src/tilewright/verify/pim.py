@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -459,12 +459,21 @@ def image(spec: arch.PimSpec, seed: int) -> dict[str, np.ndarray]:
 # ---- the three readings -------------------------------------------------------------------------------
 
 
-def interpret(spec: arch.PimSpec, program: Program, image: Image) -> dict[str, np.ndarray]:
-    return meaning.interpret(spec, program, image)[0]
+def interpret(
+    spec: arch.PimSpec, program: Program, image: Image
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return meaning.interpret(spec, program, image)
 
 
-def simulate(spec: arch.PimSpec, program: Program, *, fold: bool, trace: bool) -> Timeline:
-    return sim.simulate(spec.params(), program, fold=fold, trace=_TRACED if trace else 0)
+def simulate(
+    spec: arch.PimSpec,
+    program: Program,
+    *,
+    fold: bool,
+    trace: bool,
+    decisions: Mapping[str, Any] | None = None,
+) -> Timeline:
+    return sim.simulate(spec.params(), program, fold=fold, trace=_TRACED if trace else 0, decisions=decisions)
 
 
 def build(spec: arch.PimSpec, waves: bool) -> "Build":

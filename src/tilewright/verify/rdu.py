@@ -887,12 +887,21 @@ def image(spec: arch.RduSpec, seed: int) -> dict[str, np.ndarray]:
 # ---- the three readings -------------------------------------------------------------------------------
 
 
-def interpret(spec: arch.RduSpec, program: Program, image: Image) -> dict[str, np.ndarray]:
-    return meaning.interpret(spec, program, image)[0]
+def interpret(
+    spec: arch.RduSpec, program: Program, image: Image
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return meaning.interpret(spec, program, image)
 
 
-def simulate(spec: arch.RduSpec, program: Program, *, fold: bool, trace: bool) -> Timeline:
-    return sim.simulate(spec.params(), program, fold=fold, trace=_TRACED if trace else 0)
+def simulate(
+    spec: arch.RduSpec,
+    program: Program,
+    *,
+    fold: bool,
+    trace: bool,
+    decisions: Mapping[str, Any] | None = None,
+) -> Timeline:
+    return sim.simulate(spec.params(), program, fold=fold, trace=_TRACED if trace else 0, decisions=decisions)
 
 
 def build(spec: arch.RduSpec, waves: bool) -> "Build":
