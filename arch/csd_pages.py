@@ -9,7 +9,7 @@ Both follow from the commands in the order of the program, and from nothing else
 A page goes to the channel of its table entry, and takes the next page of that channel's log.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +72,7 @@ class PageTables:
     def read(self, config: Command, form: int, slot: int, heads: int, first: int, count: int) -> Places:
         """[heads, count] from table entry `first` on, or from the first entry of span `first`."""
         begin = first * _channel_groups(config) if form == _CHANNELS else first
-        return self._find(form, slot, heads, begin + np.arange(count))
+        return self._find(form, slot, heads, np.arange(begin, begin + count))
 
     def token_pages(self, config: Command, slot: int, heads: int, tokens: int) -> Places:
         """Key and value pages of an ATTEND that lie in flash: [heads, groups, 2]."""
@@ -83,21 +83,19 @@ class PageTables:
     def channel_pages(self, config: Command, slot: int, heads: int, spans: int) -> Places:
         """[heads, spans, channel groups]."""
         count = _channel_groups(config)
-        return self._find(
-            _CHANNELS, slot, heads, count * np.arange(spans)[:, None] + np.arange(count)
-        )
+        return self._find(_CHANNELS, slot, heads, count * np.arange(spans)[:, None] + np.arange(count))
 
     def reclaim(self, count: int) -> Places:
         """The first page of each plane of the oldest blocks: [count, channels, planes], planes in a log's order."""
         whole = self.taken // self.block_pages - self.erased
         if whole.min() < count:
-            channel = int(np.argmin(whole))
+            least = int(np.argmin(whole))
             raise ValueError(
-                f"the log of channel {channel} has {int(whole[channel])} full blocks, not {count} to erase"
+                f"the log of channel {least} has {int(whole[least])} full blocks, not {count} to erase"
             )
-        block = self.erased + np.arange(count)[:, None]
+        block: Array = self.erased + np.arange(count)[:, None]
         planes = np.arange(self.block_pages // self._p.flash.pages)
-        number = block[:, :, None] * self.block_pages + planes
+        number: Array = block[:, :, None] * self.block_pages + planes
         self.erased += count
         channel = np.broadcast_to(np.arange(len(self.taken))[:, None], number.shape)
         return Places(channel, number)
@@ -265,5 +263,3 @@ def _runs(rng: np.random.Generator, n: int, k: int, run: int) -> Mask:
     begins = before + np.cumsum(lengths) - lengths
     out[np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(k)] = True
     return out
-
-

@@ -40,7 +40,9 @@ _STATE, _DOING, _SIZE, _END, _OUT = range(5)  # units
 # Channels. BUS: the operation whose data moves, -2 - unit for a command, -1 for nothing, until BUS_END. OUT: pages that
 # wait for the bus. ROWS: pages that wait to be forwarded, LAST the tick of the last line of the one before. HELD: all
 # operations but those DONE in tick DONE_AT, and one that ends in tick RELEASE.
-_BUS, _BUS_END, _TURN, _OUT_FIRST, _OUT_COUNT, _LIVE_COUNT, _WRITES, _ERASES, _HELD, _DONE, _DONE_AT = range(11)
+_BUS, _BUS_END, _TURN, _OUT_FIRST, _OUT_COUNT, _LIVE_COUNT, _WRITES, _ERASES, _HELD, _DONE, _DONE_AT = range(
+    11
+)
 _RELEASE, _ROWS_FIRST, _ROWS_COUNT, _ROWS_LAST, _CHARGE, _CHARGE_TAG, _SINCE, _SERIALS = range(11, 19)
 _FREE_COUNT, _REQUEST, _LAST_TAG, _ARRAY_END = range(19, 23)
 _CHANNEL_COLUMNS = 23
@@ -70,7 +72,9 @@ class Channels(NamedTuple):
     unit: Array  # [1] of the first channel in `activity`, and causes: array, other
 
 
-def new_channels(p: CsdParams, ports: int, activity: Array, first_unit: int, causes: tuple[int, int, int]) -> Channels:
+def new_channels(
+    p: CsdParams, ports: int, activity: Array, first_unit: int, causes: tuple[int, int, int]
+) -> Channels:
     """Idle controllers whose ticks are charged to `activity` from unit `first_unit` on: with cause 0 while cells work
     or hold data, with cause 1 while rows wait for a port, else with cause 2."""
     f, q = p.flash, p.flash_queue
@@ -98,7 +102,8 @@ def _stripe(p: CsdParams) -> Array:
     f = p.flash
     number = np.arange(f.chips * f.dies * f.planes)
     chip, die, plane = (
-        number // stride % size for stride, size in zip(p.log_strides, (f.chips, f.dies, f.planes), strict=True)
+        number // stride % size
+        for stride, size in zip(p.log_strides, (f.chips, f.dies, f.planes), strict=True)
     )
     die_of_channel = chip * f.dies + die
     key = (die_of_channel % f.unit_dies << _PAGE_BITS + _PLANE_BITS) + plane
@@ -176,9 +181,9 @@ def _needs(p, s, op, other):
 def _release_needs(p, s, c, op):
     """Operations of the channel that wait for `op` wait for one less."""
     for i in range(c * p.flash_queue, (c + 1) * p.flash_queue):
-        if s.ops[i, _LIVE] > 0 and s.ops[i, _SERIAL] > s.ops[op, _SERIAL]:
-            if _needs(p, s, i, op):
-                s.ops[i, _NEEDS] -= 1
+        younger = s.ops[i, _LIVE] > 0 and s.ops[i, _SERIAL] > s.ops[op, _SERIAL]
+        if younger and _needs(p, s, i, op):
+            s.ops[i, _NEEDS] -= 1
 
 
 @njit(**INNER)

@@ -125,10 +125,9 @@ def _notes(layout: Layout) -> list[str]:
     size = f"weights {layout.weight_bytes / 1e9:.3g} GB, keys and values {layout.kv_bytes / 1e9:.3g} GB"
     if where:
         return [f"{size} in {where}"]
-    stored = layout.pages * spec.flash.geometry.page_bytes / 1e9
-    have = spec.flash_pages * spec.flash.geometry.page_bytes / 1e9
-    drives = f"{spec.drives} drives of {have:.3g} GB" if spec.drives > 1 else f"a drive of {have:.3g} GB"
-    notes = [f"{size}; in flash {stored * spec.drives:.3g} GB, K twice where sparse, of {drives}"]
+    page = spec.flash.geometry.page_bytes
+    stored, have = (spec.drives * pages * page / 1e12 for pages in (layout.pages, spec.flash_pages))
+    notes = [f"{size}, which take {stored:.3g} of {have:.3g} TB of flash"]
     if layout.heads * spec.drives != layout.model.kv_heads:
         notes.append(
             f"{layout.model.kv_heads} K/V heads on {spec.drives} drives: all are counted as those with {layout.heads}"

@@ -96,7 +96,7 @@ def work_of(graph: Graph) -> tuple[list[Gpu], list[LayerWork], list[Gpu]]:
         inside.append(
             LayerWork(
                 [_gpu(op) for op in ops[:at]],
-                _attention(products, layer),
+                _attention(products, layer, graph.phase),
                 [_gpu(op) for op in ops[at + 1 :] if op.kind not in _PRODUCTS],
             )
         )
@@ -108,14 +108,15 @@ def _gpu(op: Operator) -> Gpu:
     return Gpu(op.name, op.layer, op.flops, moved)
 
 
-def _attention(ops: Sequence[Operator], layer: int) -> Gpu:
+def _attention(ops: Sequence[Operator], layer: int, phase: str) -> Gpu:
     scores, _, values = ops
     keys = scores.n
     operations = sum(op.flops for op in ops)
     cached = scores.kv_read_bytes(16) + values.kv_read_bytes(16)
-    by_key = (operations // keys, cached // keys) if scores.m == 1 else (0, 0)
+    by_key = (operations // keys, cached // keys) if phase == "decode" else (0, 0)
     ends = scores.input_bytes(16) + values.output_bytes(16)
-    return Gpu("attention", layer, operations, ends + cached, by_key)
+    name = "attention" if phase == "decode" else "prompt_attention"
+    return Gpu(name, layer, operations, ends + cached, by_key)
 
 
 class Steps:

@@ -44,7 +44,11 @@ def last_tick(dies, command, read, transfer, pages, cached):
     return now - 1  # a page is dropped in the tick after it came
 
 
-times = {"command": st.integers(1, 6), "read": st.integers(3, 130), "transfer": st.sampled_from([8, 10, 16, 32])}
+times = {
+    "command": st.integers(1, 6),
+    "read": st.integers(3, 130),
+    "transfer": st.sampled_from([8, 10, 16, 32]),
+}
 
 
 def test_one_page_by_hand():

@@ -105,6 +105,9 @@ def test_what_the_gpu_does_is_the_graph_without_decodes_attention():
     expected = prompt.flops + sum(op.flops for g in steps for op in g.operators if op.kind not in attention)
     assert of(code, "GPU")["operations"].sum() == expected
     # And with keys and values elsewhere, decode's attention as well, and what it reads.
+    # What the prompt attends to and what decode does are told apart: only one of them is in the drives.
+    prompts = [i for i, tag in enumerate(mapped.tags) if tag.op == "prompt_attention"]
+    assert set(code["op"][np.isin(code["tag"], prompts)]) == {OP["GPU"]}
     code = code_of(map_model(FULL, model, scenario, {"kv": "host"}))
     assert of(code, "GPU")["operations"].sum() == prompt.flops + sum(g.flops for g in steps)
     attends = np.array([i for i, tag in enumerate(mapped.tags) if tag.op == "attention"])

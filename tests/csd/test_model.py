@@ -76,7 +76,12 @@ def play_rtl(spec, ops, limit):
                     ctx.set(unit.kind, kind)
                     for name, value in zip(NAMES, where, strict=True):
                         ctx.set(getattr(unit.address, name), value)
-                    for name, value in (("port", port), ("mask", (1 << rows) - 1), ("row_lines", 2), ("rank", 0)):
+                    for name, value in (
+                        ("port", port),
+                        ("mask", (1 << rows) - 1),
+                        ("row_lines", 2),
+                        ("rank", 0),
+                    ):
                         ctx.set(getattr(unit.job, name), value)
                     pushes.append(tick)
             await ctx.tick()

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from tests.face.invoke import tilewright
+from tilewright.arch.csd import CsdSpec
 from tilewright.arch.published import published
-from tilewright.arch.registry import load_spec
+from tilewright.arch.spec import build, load_tree
 from tilewright.reproduce import csd
 from tilewright.reproduce.jobs import Outcome
 
-SPEC = load_spec(csd.SPEC)
+SPEC = build(CsdSpec, load_tree(csd.SPEC, ["csd"]), "test")
 
 
 def outcome(system, batch, scenario, time_s, **found):
@@ -75,7 +76,9 @@ def found():
 
 
 def test_rows_of_the_command_follow_from_its_runs(found):
-    rows, systems = ({r[name]: r for r in found[0][key]} for key, name in (("rows", "key"), ("models", "model")))
+    rows, systems = (
+        {r[name]: r for r in found[0][key]} for key, name in (("rows", "key"), ("models", "model"))
+    )
     assert list(rows) == list(published("csd").rows)
     ours = {key: row["ours"]["low"] for key, row in rows.items()}
     rate = {name.split(",")[0]: row["rate"] for name, row in systems.items()}

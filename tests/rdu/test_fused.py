@@ -171,7 +171,7 @@ def observe(spec, written, before):
     """A case on interpreter and model."""
     steps = engine.one_by_one(written)
     timeline = plan.simulate(spec, steps, fold=False, trace=True)
-    after = plan.interpret(spec, written, before)
+    after, _ = plan.interpret(spec, written, before)
     return engine.Observed(engine.Case(spec, written.text(), 0), written, steps, timeline, before, after)
 
 
@@ -179,14 +179,14 @@ def test_four_operators_are_what_they_are_one_by_one():
     spec, tiles = machine(), 4
     p = spec.params()
     a, b, m, c = operands(tiles, integers=True)
-    after = plan.interpret(spec, program(p, tiles), image(p, a, b, m, c))
+    after, _ = plan.interpret(spec, program(p, tiles), image(p, a, b, m, c))
     # A B is at most 6 * 9 = 54, and times M 162: whole numbers below 2**8, as bfloat16 holds them; any order of sums.
     x, y, z, w = (words.view(np.float32) for words in (a, b, m, c))
     result = stored(after, tiles).view(np.float32)
     assert np.abs(result).max() > 50
     np.testing.assert_array_equal(result, ((x @ y) * z).transpose(0, 2, 1) @ w)
     rounded = operands(tiles)
-    after = plan.interpret(spec, program(p, tiles), image(p, *rounded))
+    after, _ = plan.interpret(spec, program(p, tiles), image(p, *rounded))
     np.testing.assert_array_equal(stored(after, tiles), expected(*rounded))
 
 

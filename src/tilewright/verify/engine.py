@@ -70,6 +70,7 @@ class Observed:
     timeline: Timeline
     before: Image
     after: Image
+    decisions: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Plan(Protocol):
@@ -322,7 +323,7 @@ class _Session:
         before = plan.image(case.spec, case.image_seed)
         after, decisions = plan.interpret(case.spec, program, before)
         timeline = plan.simulate(case.spec, steps, fold=False, trace=True, decisions=decisions)
-        observed = Observed(case, program, steps, timeline, before, after)
+        observed = Observed(case, program, steps, timeline, before, after, decisions)
         objection = plan.referee(case.spec, timeline)
         if objection:
             self._mismatch(structure, i, case, f"referee: {objection}")
