@@ -5,6 +5,7 @@ more than `MOST_OPERATIONS` in all is one channel that holds fewer. A simulator 
 """
 
 from tilewright.arch.csd import CsdParams, CsdSpec, page_types
+from tilewright.rtl.csd.top import Top
 
 CODE_DEPTH = 64
 MOST_OPERATIONS = 32
@@ -23,10 +24,8 @@ def part(spec: CsdSpec) -> str:
     return f"a drive of one channel, whose controller holds {PART_OPERATIONS} operations"
 
 
-def top(spec: CsdSpec, params: CsdParams | None = None, depth: int = CODE_DEPTH):
+def top(spec: CsdSpec, params: CsdParams | None = None, depth: int = CODE_DEPTH) -> Top:
     """The drive that the spec describes, or one channel of it."""
-    from tilewright.rtl.csd.top import Top
-
     p = params or spec.params()
     if operations(p) > MOST_OPERATIONS:
         p = p._replace(flash=p.flash._replace(channels=1), flash_queue=min(p.flash_queue, PART_OPERATIONS))

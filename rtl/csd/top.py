@@ -13,7 +13,6 @@ from tilewright.rtl.csd.controller import FlashController, PortSwitch
 from tilewright.rtl.csd.decoder import TICK_BITS, CommandDecoder
 from tilewright.rtl.csd.fetch import Fetch, StagedPages
 from tilewright.rtl.csd.ftl import PageTables
-from tilewright.rtl.csd.kernel import AttentionKernel
 from tilewright.rtl.csd.staging import GroupBuffer
 from tilewright.rtl.csd.vectors import Turns, Vectors
 from tilewright.rtl.csd.writer import Writer
@@ -64,6 +63,9 @@ class Top(wiring.Component):
         super().__init__({"host": Out(HostPort)})
 
     def elaborate(self, platform):
+        # Here, so that the parts can be used without a kernel.
+        from tilewright.rtl.csd.kernel import AttentionKernel
+
         m = Module()
         p = self._params
         m.submodules.host = host = HostDecoder(hostmap(p, self._depth))

@@ -36,6 +36,7 @@ def last_tick(dies, command, read, transfer, pages, cached):
     left, now = pages, 0
     while left:
         now = min(s.next[0], s.look[0])
+        assert now < csd_flash.NEVER, "pages wait for ever"
         if s.look[0] == now:
             csd_flash.step_rows(p, s, 0, now)
             left -= 1

@@ -14,6 +14,7 @@ from tilewright.sim import csd_flash
 
 NAMES = ("chip", "die", "plane", "block", "page")
 PORTS = 2
+LIMIT = 20000  # ticks
 
 
 def stream(seed, spec, n, pace):
@@ -127,6 +128,7 @@ def play_model(spec, ops):
                 csd_flash.push(p, s, channel, kind, number(p, where), port, 2 * rows, 0, 0, now)
                 pushes.append(now)
         now += 1
+        assert now < LIMIT, "operations wait for ever"
     csd_flash.finish_channels(s, now)
     assert (activity.sum(axis=(0, 2)) == now).all()
     return pushes, grants, activity[:, :, 0].sum(axis=0).tolist(), working
@@ -147,7 +149,7 @@ def test_controllers_act_as_in_the_rtl(changes, pace):
     spec = small_spec(**changes)
     ops = stream(7, spec, 24, pace)
     mine = play_model(spec, ops)
-    theirs = play_rtl(spec, ops, 20000)
+    theirs = play_rtl(spec, ops, LIMIT)
     assert {op[1] for _, op in ops} >= {READ, ERASE}
     for a, b in zip(mine, theirs, strict=True):
         assert a == b
