@@ -417,7 +417,7 @@ class _Mapper:
         blocked, choice, built = best
         if blocked:
             self.notes.append(
-                f"{phase}, {_name(choice)}: {blocked} links are shared with streams that wait for others; it may stop for good"
+                f"{phase}, {_name(choice)}: {blocked} links are shared with streams that wait for others"
             )
         self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start))
         return len(self.kernels) - 1
