@@ -27,6 +27,7 @@ from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import CODE, ISA, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
+from tilewright.mappers.rdu.coe import map_composition
 from tilewright.mappers.rdu.layer import Op, Share, layer_operators
 from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
@@ -54,6 +55,9 @@ TRIES = 8
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
 HOPELESS = 40
 """Links with which other seeds are not tried."""
+PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
+TOLD = ("sections", "memory")  # what a document tells besides
+COMPOSITIONS = True
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
     *(
@@ -113,7 +117,7 @@ def document_of(spec: RduSpec, mapping: Mapping[str, Any] | None) -> dict[str, A
         "fusion": "fused", "orchestration": spec.launch.orchestration, "allreduce": "fused", **DEFAULTS,
     }  # fmt: skip
     for key, value in (mapping or {}).items():
-        if key == "sections":  # what a document tells besides
+        if key in TOLD:
             continue
         if key not in known:
             raise UserError(f"mapping: unknown key {key!r}; {nearest(key, known)}")
@@ -136,6 +140,19 @@ def map_model(
     placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use.
     Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
     """
+    if model.composition is not None:
+        return map_composition(spec, model, scenario, mapping, partial(_map_one, apart=False))
+    return _map_one(spec, model, scenario, mapping)
+
+
+def _map_one(
+    spec: RduSpec,
+    model: ModelConfig,
+    scenario: Scenario,
+    mapping: Mapping[str, Any] | None,
+    apart: bool = True,
+) -> Mapped:
+    """The program of one model. `apart`: each phase (prompt, tokens) has weights of its own, in its order."""
     notes = []
     total = scenario.context + scenario.prompt + scenario.generate
     if model.position == "rotary" and model.positions is not None and total > model.positions:
@@ -144,7 +161,7 @@ def map_model(
             f"{total} tokens are more than the {model.positions} positions that {model.name} is made for"
         )
         model = replace(model, positions=None)
-    mapper = _Mapper(spec, model, scenario, document_of(spec, mapping))
+    mapper = _Mapper(spec, model, scenario, document_of(spec, mapping), apart)
     mapper.notes += notes
     mapper.plan()
     others = {
@@ -154,7 +171,7 @@ def map_model(
     others["host" if mapper.document["orchestration"] == "hardware" else "hardware"] = {
         "orchestration": "host" if mapper.document["orchestration"] == "hardware" else "hardware"
     }
-    kept_choices = {k: v for k, v in mapper.document.items() if k != "sections"}
+    kept_choices = {k: v for k, v in mapper.document.items() if k not in TOLD}
     return Mapped(
         program=Program(ISA, mapper, mapper.tags),
         tags=mapper.infos,
@@ -162,7 +179,14 @@ def map_model(
         document=mapper.document,
         step_of=[launch.step for launch in mapper.launches],
         notes=mapper.notes,
-        assumed=["bfloat16 weights, activations and caches; a bfloat16 takes a whole word of SRAM"],
+        assumed=[
+            "bfloat16 weights, activations and caches; a bfloat16 takes a whole word of SRAM",
+            *(
+                []
+                if apart
+                else ["one copy of the weights suits the orders in which prompt and tokens stream them"]
+            ),
+        ],
         draw=mapper.draw(),
         beside={name: kept_choices | other for name, other in others.items()}
         if mapper.document["fusion"] == "fused"
@@ -190,10 +214,15 @@ class _Mapper:
     """Plans kernels and their launches; walked, it gives the program's segments."""
 
     def __init__(
-        self, spec: RduSpec, model: ModelConfig, scenario: Scenario, document: dict[str, Any]
+        self,
+        spec: RduSpec,
+        model: ModelConfig,
+        scenario: Scenario,
+        document: dict[str, Any],
+        apart: bool = True,
     ) -> None:
-        if model.composition is not None or model.experts:
-            raise UserError(f"{model.name}: a mixture or composition of experts is no single stack of layers")
+        if model.experts:
+            raise UserError(f"{model.name}: target rdu does not support mixtures of experts")
         if model.sub_norms or model.qk_norm:
             raise UserError(f"{model.name}: target rdu does not support norms within attention and MLP")
         if not spec.pcu.systolic and scenario.prompt:
@@ -209,6 +238,7 @@ class _Mapper:
         self.notes: list[str] = []
         self.infos: list[TagInfo] = []
         self.tags: list[str] = []
+        self.apart = apart
         self.address: dict[tuple[str, str, int], int] = {}
         self.used = {"hbm": 0, "ddr": 0, "remote": 0}
         self.launch_ticks = self.p.argument_load + (
@@ -439,30 +469,62 @@ class _Mapper:
                 seen.setdefault(tag, TagInfo(tag.replace("_", " "), tag, -1))
         self.tags, self.infos = list(seen), list(seen.values())
 
-    def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
-        """The first byte of a tensor; lines of their own, laid out as they are first asked for."""
-        line = self.spec.line_bytes
+    def _tensor(self, tensor: str, layer: int, kernel: Kernel) -> tuple[str, tuple[str, str, int], int]:
+        """The part of the memory that a tensor belongs to, its key there, and its bytes."""
         size = kernel.choice.line.extents[tensor]
         tier = kernel.choice.line.tiers[tensor]
         if tensor in ("x", "z") and layer >= 0:  # a layer reads what the one before wrote
-            key = ("rows", "xz"[(layer + (tensor == "z")) % 2], -1)
-            size = self._widest
-        elif tensor == "x":
-            key, size = ("rows", "xz"[self.model.layers % 2], -1), self._widest
-        elif tensor in ("keys.new", "values.new"):
-            key, size = ("cache", tensor.split(".")[0], layer), self.scenario.batch * self._cache_bytes()
-        elif tensor in ("keys", "values"):
-            key, size = ("cache", tensor, layer), self.scenario.batch * self._cache_bytes()
-        elif tensor in SHARED:
-            key = (kernel.phase, tensor, -1)
-        elif tensor in ACTIVATIONS or tier == "remote":
-            key, size = ("rows", tensor, -1), self._widest
-        else:
-            key = (f"{kernel.phase} {kernel.name}" if kernel.phase != "prompt" else "prompt", tensor, layer)
-        if key not in self.address:
-            self.address[key] = self.used[tier]
-            self.used[tier] += ceil_div(size, line) * line
-        return self.address[key]
+            return "rows", ("rows", "xz"[(layer + (tensor == "z")) % 2], -1), self._widest
+        if tensor == "x":
+            return "rows", ("rows", "xz"[self.model.layers % 2], -1), self._widest
+        if tensor in ("keys", "values", "keys.new", "values.new"):
+            size = self.scenario.batch * self._cache_bytes()
+            return "cache", ("cache", tensor.split(".")[0], layer), size
+        if tensor in SHARED:
+            return "tables", (kernel.phase, tensor, -1), size
+        if tensor in ACTIVATIONS or tier == "remote":
+            return "rows", ("rows", tensor, -1), self._widest
+        phase = f"{kernel.phase} {kernel.name}" if kernel.phase != "prompt" else "prompt"
+        return "weights", (phase, tensor, layer), size
+
+    def _lay_out(self) -> dict[str, dict[str, int]]:
+        """Give every tensor its address, in lines of its own, part after part; bytes of the parts by tier."""
+        line = self.spec.line_bytes
+        parts: dict[str, dict[str, dict[str, dict[tuple[str, str, int], int]]]] = {}
+        for launch in self.launches:
+            if launch.kernel >= 0:
+                kernel = self.kernels[launch.kernel]
+                for r in kernel.choice.line.arguments:
+                    part, key, size = self._tensor(r.tensor, launch.layer, kernel)
+                    tier = kernel.choice.line.tiers[r.tensor]
+                    if launch.layer < 0:  # passes of the head lie side by side
+                        size += launch.slot.get(r.tensor, 0)
+                    # Phases whose weights are the same begin at the same address.
+                    phase = kernel.phase if part == "weights" and not self.apart else ""
+                    group = parts.setdefault(tier, {name: {} for name in PARTS})[part].setdefault(phase, {})
+                    group[key] = max(group.get(key, 0), size)
+        told: dict[str, dict[str, int]] = {}
+        for tier, named in parts.items():
+            for part, phases in named.items():
+                first = end = self.used[tier]
+                # The head's weights are no layer's.
+                common = phases.pop("head", {})
+                for group in phases.values():
+                    at = first
+                    for key, size in group.items():
+                        self.address[key] = at
+                        at += ceil_div(size, line) * line
+                    end = max(end, at)
+                for key, size in common.items():
+                    self.address[key] = end
+                    end += ceil_div(size, line) * line
+                self.used[tier] = end
+                told.setdefault(tier, {})[part] = end - first
+        return told
+
+    def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
+        """The first byte of a tensor."""
+        return self.address[self._tensor(tensor, layer, kernel)[1]]
 
     @property
     def _widest(self) -> int:
@@ -512,10 +574,8 @@ class _Mapper:
             document.append(
                 {"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles}
             )
-        self.document = {**self.document, "sections": document}
-        for launch in self.launches:
-            if launch.kernel >= 0:
-                self._arguments(launch)
+        memory = self._lay_out()
+        self.document = {**self.document, "sections": document, "memory": memory}
         hbm, ddr = self.spec.memory.hbm.bytes, self.spec.memory.ddr.bytes
         cache = 2 * m.layers * s.batch * self._cache_bytes()
         self.notes.append(
