@@ -14,7 +14,7 @@ a kernel while the cached tokens, rounded up to `granule`, are as many: a mask h
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -32,7 +32,7 @@ from tilewright.mappers.rdu.layer import Op, Share, layer_operators
 from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.stages import BF16_BYTES, ceil_div
+from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, ceil_div
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
 
@@ -48,10 +48,13 @@ NUMBERS = {
     "granule": (1, 1 << 20),
     "moves": (0, 1 << 40),
     "groups": (0, 64),
-    "percent": (1, 100),
+    "percent": (0, 100),
 }
-DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 92}
-TRIES = 8
+DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 0}
+PERCENT, PROMPT_PERCENT = 92, 40
+"""Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
+find no routes on which none waits behind another."""
+TRIES = 4
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
 HOPELESS = 40
 """Links with which other seeds are not tried."""
@@ -137,7 +140,8 @@ def map_model(
     """The program of `scenario` for one socket of the node; the others do the same at the same time.
 
     `mapping` overrides choices of the document that is returned: fusion, orchestration, allreduce, granule (tokens), the
-    placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use.
+    placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use (0:
+    chosen).
     Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
     """
     if model.composition is not None:
@@ -199,15 +203,26 @@ def _name(choice: Choice) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def _blocked(built: Built, resting: Iterable[str]) -> int:
-    """Links that a stream shares with one whose packets may wait on their way until others come."""
-    claims = set(resting)
+def _blocked(built: Built, line: Pipeline) -> int:
+    """Links that a stream shares with one whose packets may wait on their way until others come.
+
+    What is loaded is through before weights leave their memory units.
+    """
     on: dict[tuple[str, int, int, int], list[Stream]] = {}
     for r in built.routing.routes.values():
         for hop in r.hops:
             for out in hop.outs:
                 on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
-    return sum(len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values())
+
+    def meet(streams: Sequence[Stream]) -> bool:
+        rests = [s.source for s in streams if s.source in line.resting]
+        if not rests:
+            return False
+        if all(source in line.later or source == LOADED for source in rests):
+            streams = [s for s in streams if s.source not in line.loading]
+        return len(streams) > 1
+
+    return sum(meet(streams) for streams in on.values())
 
 
 class _Mapper:
@@ -230,7 +245,7 @@ class _Mapper:
         self.spec, self.model, self.scenario, self.document = spec, model, scenario, document
         self.p = spec.params()
         self.share = Share(model, spec.node.sockets)
-        self.limits = Limits.of(self.p, Fraction(document["percent"], 100))
+        self.limits = self._limits(PERCENT)
         self.kernels: list[Kernel] = []
         self.launches: list[Launch] = []
         self._phases: dict[str, tuple[list[int], int]] = {}
@@ -269,8 +284,12 @@ class _Mapper:
         self._number_tags()
         self._report()
 
+    def _limits(self, percent: int) -> Limits:
+        return Limits.of(self.p, Fraction(self.document["percent"] or percent, 100))
+
     def _prompt(self, step: int) -> None:
         s, m, p = self.scenario, self.model, self.p
+        self.limits = self._limits(PROMPT_PERCENT)
         context = ceil_div(s.context, p.lanes) * p.lanes
         if context != s.context:
             self.notes.append(f"prompt: {s.context} cached tokens count as {context}, whole vectors")
@@ -307,6 +326,7 @@ class _Mapper:
 
     def _token(self, step: int, i: int) -> None:
         s, m, p = self.scenario, self.model, self.p
+        self.limits = self._limits(PERCENT)
         cached = s.context + s.prompt + i
         keys = ceil_div(cached, self.document["granule"]) * self.document["granule"]
         if m.windowed_layers and len(m.windowed_layers) == m.layers and m.sliding_window is not None:
@@ -425,10 +445,11 @@ class _Mapper:
                 section = Section(self.p, f"{phase} {_name(choice)}")
                 choice.line.into(section, choice.ticks(self.p))
                 try:
-                    built = section.build(seed=seed, moves=self.document["moves"] or None)
+                    at = choice.line.places() if phase == "prompt" else None
+                    built = section.build(seed=seed, moves=self.document["moves"] or None, at=at)
                 except UserError:  # more streams on a link than it has flows
                     continue
-                blocked = _blocked(built, choice.line.resting)
+                blocked = _blocked(built, choice.line)
                 if best is None or blocked < best[0]:
                     best = blocked, choice, built
                 if blocked > HOPELESS or not blocked:
