@@ -52,6 +52,7 @@ NUMBERS = {
 }
 DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 0}
 PERCENT, PROMPT_PERCENT = 92, 40
+TOKEN_PERCENTS = (PERCENT, 60, 40)  # in turn
 """Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
 find no routes on which none waits behind another."""
 TRIES = 4
@@ -95,6 +96,8 @@ class Kernel:
     choice: Choice
     built: Built
     seconds: float
+    blocked: int
+    """Links that streams share with some that wait for others: what may end in a deadlock."""
 
 
 @dataclass(frozen=True)
@@ -324,30 +327,13 @@ class _Mapper:
 
     def _token(self, step: int, i: int) -> None:
         s, m, p = self.scenario, self.model, self.p
-        self.limits = self._limits(PERCENT)
         cached = s.context + s.prompt + i
         keys = ceil_div(cached, self.document["granule"]) * self.document["granule"]
         if m.windowed_layers and len(m.windowed_layers) == m.layers and m.sliding_window is not None:
             keys = min(keys, ceil_div(m.sliding_window, 4 * p.lanes) * 4 * p.lanes)
         phase = f"token {keys}"
         if phase not in self._phases:
-            ops = layer_operators(m, self.share.sockets, token=True)
-            batch = s.batch
-            choices: list[Choice] = []
-            while not choices:
-                try:
-                    choices = self._cut(
-                        ops, ["z"],
-                        lambda some, keep, batch=batch: plan_vectors(
-                            p, self.share, some, keep, self.limits, batch=batch, keys=keys, pitch=self.pitch
-                        ),
-                        f"{keys} cached tokens",
-                    )  # fmt: skip
-                except UserError:
-                    if batch == 1:
-                        raise
-                    batch = batch // 2
-            self._phases[phase] = [self._kernel(phase, c) for c in choices], batch
+            self._phases[phase] = self._token_kernels(phase, keys)
         layers, batch = self._phases[phase]
         first = max(0, cached - keys)
         slot = {
@@ -364,6 +350,51 @@ class _Mapper:
                     self.launches.append(Launch(k, self._tag(k, layer), step, layer, slot))
         for _ in range(s.batch):
             self._head(step)
+
+    def _token_kernels(self, phase: str, keys: int) -> tuple[list[int], int]:
+        """The kernels of a layer for the next token, and how many sequences they take at once.
+
+        Fewer units make more and smaller sections: these are taken where larger ones find no routes of their own.
+        """
+        tries: list[tuple[list[Kernel], int]] = []
+        first = len(self.kernels)
+        for percent in TOKEN_PERCENTS:
+            self.limits = self._limits(percent)
+            try:
+                choices, batch = self._token_choices(keys)
+            except UserError:
+                if tries:
+                    break
+                raise
+            for choice in choices:
+                self._kernel(phase, choice)
+            tries.append((self.kernels[first:], batch))
+            del self.kernels[first:]
+            if self.document["percent"] or not any(k.blocked for k in tries[-1][0]):
+                break
+        kernels, batch = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
+        self.kernels += kernels
+        return list(range(first, len(self.kernels))), batch
+
+    def _token_choices(self, keys: int) -> tuple[list[Choice], int]:
+        """The sections of a layer that the present limits allow, and the largest batch with which they do."""
+        ops = layer_operators(self.model, self.share.sockets, token=True)
+        batch = self.scenario.batch
+        while True:
+            plan = partial(plan_vectors, self.p, self.share, batch=batch, keys=keys, pitch=self.pitch)
+            try:
+                choices = self._cut(
+                    ops,
+                    ["z"],
+                    lambda some, keep, plan=plan: plan(some, keep, self.limits),
+                    f"{keys} cached tokens",
+                )
+            except UserError:
+                if batch == 1:
+                    raise
+                batch //= 2
+            else:
+                return choices, batch
 
     def _head(self, step: int) -> None:
         """The LM head of one vector, the last row of a prompt, which the host has put there, or a token's."""
@@ -464,11 +495,7 @@ class _Mapper:
                 f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
             )
         blocked, choice, built = best
-        if blocked:
-            self.notes.append(
-                f"{phase}, {_name(choice)}: {blocked} links are shared with streams that wait for others"
-            )
-        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start))
+        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start, blocked))
         return len(self.kernels) - 1
 
     def _tag(self, kernel: int, layer: int) -> str:
@@ -587,6 +614,11 @@ class _Mapper:
                 + ", ".join(f"{counts[k]} of {there[k]} {k.upper()}s" for k in counts)
                 + f"; at least {bound} ticks, {binds} binds; "
                 + ", ".join(f"{tier} {n / 1e6:.4g} MB" for tier, n in moved.items())
+                + (
+                    f"; {kernel.blocked} links shared with streams that wait for others"
+                    if kernel.blocked
+                    else ""
+                )
                 + f"; wires {float(placement.initial_cost):.4g} -> {float(placement.cost):.4g} hops a tick, "
                 f"most loaded link {float(routing.slow_down):.3g} (claimed), {over} links over, {kernel.seconds:.1f} s"
             )

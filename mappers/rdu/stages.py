@@ -768,6 +768,8 @@ class Pipeline:
         `x` gives a word of the vector a packet, depth x strips times; `weights[g]` are units whose streams hold the
         strips, row after row, one for each unit of the product.
         """
+        # Where weights are still to come, the words for them wait on their way, on both networks.
+        self.resting.update(unit for row in x.sources for unit in row)
         x = self.spread(f"{name}.x", tag, x)
         sources = []
         for g in range(self.groups):
