@@ -14,12 +14,13 @@ from tests.rdu import test_layer
 from tests.rdu.test_fused import observe
 from tilewright.arch import rdu
 from tilewright.arch import spec as specs
+from tilewright.rtl.rdu.run import Case, build_rtl, run_cases
 from tilewright.verify import engine
-from tilewright.verify import rdu as plan
 
 MODEL = replace(test_layer.MODEL, d_model=8, heads=1, d_ff=8, d_embed=8)
 TOKEN = {"context": 5, "keys": 8, "pitch": 16, "words": 256, "cuts": ("attention", "attention_add")}
 DEPTHS = (2, 5)  # of the queues; each is RTL of its own
+RECORDS = 1024  # that its memories of code and of records hold
 
 
 def machine(depth):
@@ -50,11 +51,12 @@ def test_interpreted(seed):
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_rtl_agrees(depth):
     spec = machine(depth)
-    build = plan.build(spec, False)
+    build = build_rtl(spec, depth=RECORDS, waves=False)
 
     def execute(spec, program, image):
         observed = observe(spec, program, image)
-        (outcome,) = plan.run_rtl(build, [(spec, observed.steps, observed.before)], None)
+        case = Case(spec.params(), observed.steps, observed.before)
+        (outcome,) = run_cases(build, [case], depth=RECORDS)
         assert outcome.error is None
         assert engine.compare(observed, outcome) is None
         return outcome.image

@@ -10,7 +10,6 @@ import pytest
 
 from tilewright.arch import rdu
 from tilewright.arch import spec as specs
-from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
 from tilewright.mappers.rdu.section import Section, segment
 from tilewright.verify import engine
@@ -32,8 +31,6 @@ PINS = (
     {"gemm0": (2, 0), "gemm1": (0, 0), "turn": (3, 0), "store": (0, 1)},
     {"gemm0": (3, 1), "gemm1": (1, 1), "turn": (2, 1)},
 )
-# Here streams of the second array share links, and its weights, which rest, stop what it waits for.
-DEADLOCKED = {"gemm0": (1, 1), "gemm1": (3, 1), "turn": (0, 1), "load_a": (3, 0)}
 
 
 def machine(*sets, depth=DEPTHS[0]):
@@ -220,14 +217,6 @@ def test_the_first_array_binds(at):
 
     assert more() == 24
     assert more(apart=False) == 36
-
-
-def test_a_placement_whose_streams_stop_each_other_is_reported():
-    p, tiles = machine().params(), 2
-    with pytest.raises(
-        UserError, match=r"deadlock after tick \d+: pcu@3,1 waits for packets of pmu.read@0,1"
-    ):
-        plan.sim.simulate(p, program(p, tiles, at=DEADLOCKED))
 
 
 def test_stripes_spare_the_transpose_its_conflicts():
