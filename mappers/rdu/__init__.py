@@ -64,26 +64,8 @@ TOLD = ("sections", "memory")  # what a document tells besides
 COMPOSITIONS = True
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
-    *(
-        "x",
-        "z",
-        "y",
-        "h",
-        "h2",
-        "s",
-        "s2",
-        "qkv",
-        "q",
-        "a",
-        "o",
-        "w",
-        "f",
-        "gate_out",
-        "up_out",
-        "o_part",
-        "w_part",
-    ),
-    *("logits", "last"),
+    *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f"),
+    *("gate_out", "up_out", "o_part", "w_part", "logits", "last"),
 )
 
 
