@@ -44,7 +44,7 @@ STAGES = 32
 BANK_BITS = 6
 ADDRESS_BITS = 24  # of a word within a tensor that may span PMUs
 COUNT_BITS = 24
-SEQUENCE_BITS = 16
+SEQUENCE_BITS = 20
 FLOW_BITS = 16
 
 # ---- packets ------------------------------------------------------------------------------------------

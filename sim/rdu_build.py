@@ -393,6 +393,7 @@ class _Builder:
         clock = np.zeros(e.CLOCK, np.int64)
         clock[e.CREDIT], clock[e.LANES] = p.credit, p.lanes
         if any(row[e.SCALE] and self.chains[row[e.SIDE]][e.RUN] for row in self.pmu):
+            assert arch.SEQUENCE_BITS == 20  # what the kernels have as literals
             clock[e.SEQUENCE_MASK] = (1 << arch.SEQUENCE_BITS) - 1
         # All nodes are looked at in tick 0.
         n_nodes = len(self.nodes)

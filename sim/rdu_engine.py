@@ -352,7 +352,7 @@ def pcu_tick(m, i, t):
         if row[VECTOR] >= 0 and not row[PARTS] & 1:
             room = _room(m, row[VECTOR], t)
             if room <= t:
-                _push(m, row[VECTOR], t, row[VECTOR_FLOW] << 16 | row[SEQUENCE])
+                _push(m, row[VECTOR], t, row[VECTOR_FLOW] << 20 | row[SEQUENCE])
                 row[PARTS] |= 1
                 acts = True
             else:
@@ -360,7 +360,7 @@ def pcu_tick(m, i, t):
         if row[SCALAR] >= 0 and not row[PARTS] & 2:
             other = _room(m, row[SCALAR], t)
             if other <= t:
-                _push(m, row[SCALAR], t, row[SCALAR_FLOW] << 16 | row[SEQUENCE])
+                _push(m, row[SCALAR], t, row[SCALAR_FLOW] << 20 | row[SEQUENCE])
                 row[PARTS] |= 2
                 acts = True
             else:
@@ -371,7 +371,7 @@ def pcu_tick(m, i, t):
         else:
             row[RING + 2] += 1
             row[PARTS] = 0
-            row[SEQUENCE] = (row[SEQUENCE] + row[STEP]) & 0xFFFF
+            row[SEQUENCE] = (row[SEQUENCE] + row[STEP]) & 0xFFFFF
             acts = True
 
     # The array: tiles end, and leave column by column.
@@ -555,8 +555,8 @@ def pmu_tick(m, i, t, bits):
         room = _room(m, row[GIVES], t) if row[GIVES] >= 0 else np.int64(0)
         if room <= t:
             if row[GIVES] >= 0:
-                _push(m, row[GIVES], t, row[GIVES_FLOW] << 16 | row[PMU_SEQUENCE])
-            row[PMU_SEQUENCE] = (row[PMU_SEQUENCE] + row[PMU_STEP]) & 0xFFFF
+                _push(m, row[GIVES], t, row[GIVES_FLOW] << 20 | row[PMU_SEQUENCE])
+            row[PMU_SEQUENCE] = (row[PMU_SEQUENCE] + row[PMU_STEP]) & 0xFFFFF
             row[PMU_RING + 2] += 1
             acts = True
         else:
@@ -610,7 +610,7 @@ def pmu_tick(m, i, t, bits):
         token, operand = _missing(m, write, t), _head(m, row[FED])
         if token <= t and operand <= t and c[GAP] <= t:
             cause = BUSY
-            sequence = _pop(m, row[FED], t) & 0xFFFF
+            sequence = _pop(m, row[FED], t) & 0xFFFFF
             _access(m, i, 0, c[ORIGIN] + sequence * row[SCALE], bits)
             row[OWED] = _advance(m, write, t)
             acts = True
@@ -672,13 +672,13 @@ def _fork(m, link, first_out, outs, t):
         return head
     wake = np.int64(NEVER)
     item = m.items[row[BASE] + row[READ]]
-    wants = m.flow_out[item >> 16] & ~row[SENT]
+    wants = m.flow_out[item >> 20] & ~row[SENT]
     for o in range(outs):
         if wants >> o & 1:
             out = m.ports[first_out + o]
             room = _room(m, out, t)
             if room <= t:
-                _push(m, out, t, m.flow_next[item >> 16, o] << 16 | item & 0xFFFF)
+                _push(m, out, t, m.flow_next[item >> 20, o] << 20 | item & 0xFFFFF)
                 wants ^= 1 << o
                 row[SENT] |= 1 << o
             else:
@@ -702,7 +702,7 @@ def switch_tick(m, s, t):
         row[WANT] = 0
         head = _head(m, link)
         if head <= t:
-            row[WANT] = m.flow_out[m.items[row[BASE] + row[READ]] >> 16] & ~row[SENT]
+            row[WANT] = m.flow_out[m.items[row[BASE] + row[READ]] >> 20] & ~row[SENT]
         else:
             wake = min(wake, head)
     for o in range(outs):
@@ -727,7 +727,7 @@ def switch_tick(m, s, t):
             continue
         row = m.link[m.ports[first + chosen]]
         item = m.items[row[BASE] + row[READ]]
-        _push(m, out, t, m.flow_next[item >> 16, o] << 16 | item & 0xFFFF)
+        _push(m, out, t, m.flow_next[item >> 20, o] << 20 | item & 0xFFFFF)
         m.link[out, TURN] = 0 if chosen + 1 == ins else chosen + 1
         row[SENT] |= 1 << o
         row[WANT] &= ~(1 << o)
@@ -792,8 +792,8 @@ def _agcu_acts(m, row, t):
         if row[VALID]:
             room = _room(m, row[PORT], t)
             if room <= t:
-                _push(m, row[PORT], t, row[AGCU_FLOW] << 16 | row[AGCU_SEQUENCE])
-                row[AGCU_SEQUENCE] = (row[AGCU_SEQUENCE] + row[AGCU_STEP]) & 0xFFFF
+                _push(m, row[PORT], t, row[AGCU_FLOW] << 20 | row[AGCU_SEQUENCE])
+                row[AGCU_SEQUENCE] = (row[AGCU_SEQUENCE] + row[AGCU_STEP]) & 0xFFFFF
                 row[UNDER_WAY] -= 1
                 row[VALID] = 0
                 acts = True

@@ -210,7 +210,7 @@ def _same_link(m, s, i):
     a, b = s.link[i], m.link[i]
     if a[LEVEL] != b[LEVEL] or a[SENT] != b[SENT] or a[TURN] != b[TURN]:
         return False
-    mask = ~np.int64(0xFFFF) | m.clock[SEQUENCE_MASK]
+    mask = ~np.int64(0xFFFFF) | m.clock[SEQUENCE_MASK]
     x, y = a[READ], b[READ]
     for k in range(b[CAPACITY]):
         at, on = a[BASE] + x, b[BASE] + y
@@ -287,7 +287,7 @@ def _leap(m: Machine, s: Machine, times: int) -> None:
     ):
         rows = getattr(m, table)
         rows[:, [*counted, sequence]] += more(table, [*counted, sequence])
-        rows[:, sequence] &= 0xFFFF
+        rows[:, sequence] &= 0xFFFFF
     m.link[:, PUSHES] += more("link", [PUSHES])[:, 0]
     m.clock[SKIPPED] += period * times
 

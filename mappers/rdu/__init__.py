@@ -14,7 +14,7 @@ a kernel while the cached tokens, rounded up to `granule`, are as many: a mask h
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -27,11 +27,12 @@ from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import CODE, ISA, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
+from tilewright.mappers.rdu.coe import map_composition
 from tilewright.mappers.rdu.layer import Op, Share, layer_operators
 from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.stages import BF16_BYTES, ceil_div
+from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, ceil_div
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
 
@@ -47,35 +48,24 @@ NUMBERS = {
     "granule": (1, 1 << 20),
     "moves": (0, 1 << 40),
     "groups": (0, 64),
-    "percent": (1, 100),
+    "percent": (0, 100),
 }
-DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 92}
-TRIES = 8
+DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 0}
+PERCENT, PROMPT_PERCENT = 92, 40
+TOKEN_PERCENTS = (PERCENT, 60, 40)  # in turn
+"""Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
+find no routes on which none waits behind another."""
+TRIES = 4
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
 HOPELESS = 40
 """Links with which other seeds are not tried."""
+PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
+TOLD = ("sections", "memory")  # what a document tells besides
+COMPOSITIONS = True
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
-    *(
-        "x",
-        "z",
-        "y",
-        "h",
-        "h2",
-        "s",
-        "s2",
-        "qkv",
-        "q",
-        "a",
-        "o",
-        "w",
-        "f",
-        "gate_out",
-        "up_out",
-        "o_part",
-        "w_part",
-    ),
-    *("logits", "last"),
+    *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f"),
+    *("gate_out", "up_out", "o_part", "w_part", "logits", "last"),
 )
 
 
@@ -88,6 +78,8 @@ class Kernel:
     choice: Choice
     built: Built
     seconds: float
+    blocked: int
+    """Links that streams share with some that wait for others: what may end in a deadlock."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ def document_of(spec: RduSpec, mapping: Mapping[str, Any] | None) -> dict[str, A
         "fusion": "fused", "orchestration": spec.launch.orchestration, "allreduce": "fused", **DEFAULTS,
     }  # fmt: skip
     for key, value in (mapping or {}).items():
-        if key == "sections":  # what a document tells besides
+        if key in TOLD:
             continue
         if key not in known:
             raise UserError(f"mapping: unknown key {key!r}; {nearest(key, known)}")
@@ -133,9 +125,23 @@ def map_model(
     """The program of `scenario` for one socket of the node; the others do the same at the same time.
 
     `mapping` overrides choices of the document that is returned: fusion, orchestration, allreduce, granule (tokens), the
-    placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use.
+    placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use (0:
+    chosen).
     Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
     """
+    if model.composition is not None:
+        return map_composition(spec, model, scenario, mapping, partial(_map_one, apart=False))
+    return _map_one(spec, model, scenario, mapping)
+
+
+def _map_one(
+    spec: RduSpec,
+    model: ModelConfig,
+    scenario: Scenario,
+    mapping: Mapping[str, Any] | None,
+    apart: bool = True,
+) -> Mapped:
+    """The program of one model. `apart`: each phase (prompt, tokens) has weights of its own, in its order."""
     notes = []
     total = scenario.context + scenario.prompt + scenario.generate
     if model.position == "rotary" and model.positions is not None and total > model.positions:
@@ -144,17 +150,15 @@ def map_model(
             f"{total} tokens are more than the {model.positions} positions that {model.name} is made for"
         )
         model = replace(model, positions=None)
-    mapper = _Mapper(spec, model, scenario, document_of(spec, mapping))
+    mapper = _Mapper(spec, model, scenario, document_of(spec, mapping), apart)
     mapper.notes += notes
     mapper.plan()
-    others = {
-        "unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"},
-        "unfused, hardware": {"fusion": "unfused", "orchestration": "hardware", "allreduce": "separate"},
-    }
-    others["host" if mapper.document["orchestration"] == "hardware" else "hardware"] = {
-        "orchestration": "host" if mapper.document["orchestration"] == "hardware" else "hardware"
-    }
-    kept_choices = {k: v for k, v in mapper.document.items() if k != "sections"}
+    others = {"unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"}}
+    if not scenario.prompt:  # whose kernels are long beside any launch, and take long to simulate
+        other = "host" if mapper.document["orchestration"] == "hardware" else "hardware"
+        others["unfused, hardware"] = {**others["unfused"], "orchestration": "hardware"}
+        others[other] = {"orchestration": other}
+    kept_choices = {k: v for k, v in mapper.document.items() if k not in TOLD}
     return Mapped(
         program=Program(ISA, mapper, mapper.tags),
         tags=mapper.infos,
@@ -162,7 +166,14 @@ def map_model(
         document=mapper.document,
         step_of=[launch.step for launch in mapper.launches],
         notes=mapper.notes,
-        assumed=["bfloat16 weights, activations and caches; a bfloat16 takes a whole word of SRAM"],
+        assumed=[
+            "bfloat16 weights, activations and caches; a bfloat16 takes a whole word of SRAM",
+            *(
+                []
+                if apart
+                else ["one copy of the weights suits the orders in which prompt and tokens stream them"]
+            ),
+        ],
         draw=mapper.draw(),
         beside={name: kept_choices | other for name, other in others.items()}
         if mapper.document["fusion"] == "fused"
@@ -175,25 +186,41 @@ def _name(choice: Choice) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def _blocked(built: Built, resting: Iterable[str]) -> int:
-    """Links that a stream shares with one whose packets may wait on their way until others come."""
-    claims = set(resting)
+def _blocked(built: Built, line: Pipeline) -> int:
+    """Links that a stream shares with one whose packets may wait on their way until others come.
+
+    What is loaded is through before weights leave their memory units.
+    """
     on: dict[tuple[str, int, int, int], list[Stream]] = {}
     for r in built.routing.routes.values():
         for hop in r.hops:
             for out in hop.outs:
                 on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
-    return sum(len(streams) > 1 and any(s.source in claims for s in streams) for streams in on.values())
+
+    def meet(streams: Sequence[Stream]) -> bool:
+        rests = [s.source for s in streams if s.source in line.resting]
+        if not rests:
+            return False
+        if all(source in line.later or source == LOADED for source in rests):
+            streams = [s for s in streams if s.source not in line.loading]
+        return len(streams) > 1
+
+    return sum(meet(streams) for streams in on.values())
 
 
 class _Mapper:
     """Plans kernels and their launches; walked, it gives the program's segments."""
 
     def __init__(
-        self, spec: RduSpec, model: ModelConfig, scenario: Scenario, document: dict[str, Any]
+        self,
+        spec: RduSpec,
+        model: ModelConfig,
+        scenario: Scenario,
+        document: dict[str, Any],
+        apart: bool = True,
     ) -> None:
-        if model.composition is not None or model.experts:
-            raise UserError(f"{model.name}: a mixture or composition of experts is no single stack of layers")
+        if model.experts:
+            raise UserError(f"{model.name}: target rdu does not support mixtures of experts")
         if model.sub_norms or model.qk_norm:
             raise UserError(f"{model.name}: target rdu does not support norms within attention and MLP")
         if not spec.pcu.systolic and scenario.prompt:
@@ -201,7 +228,7 @@ class _Mapper:
         self.spec, self.model, self.scenario, self.document = spec, model, scenario, document
         self.p = spec.params()
         self.share = Share(model, spec.node.sockets)
-        self.limits = Limits.of(self.p, Fraction(document["percent"], 100))
+        self.limits = self._limits(PERCENT)
         self.kernels: list[Kernel] = []
         self.launches: list[Launch] = []
         self._phases: dict[str, tuple[list[int], int]] = {}
@@ -209,6 +236,7 @@ class _Mapper:
         self.notes: list[str] = []
         self.infos: list[TagInfo] = []
         self.tags: list[str] = []
+        self.apart = apart
         self.address: dict[tuple[str, str, int], int] = {}
         self.used = {"hbm": 0, "ddr": 0, "remote": 0}
         self.launch_ticks = self.p.argument_load + (
@@ -239,8 +267,12 @@ class _Mapper:
         self._number_tags()
         self._report()
 
+    def _limits(self, percent: int) -> Limits:
+        return Limits.of(self.p, Fraction(self.document["percent"] or percent, 100))
+
     def _prompt(self, step: int) -> None:
         s, m, p = self.scenario, self.model, self.p
+        self.limits = self._limits(PROMPT_PERCENT)
         context = ceil_div(s.context, p.lanes) * p.lanes
         if context != s.context:
             self.notes.append(f"prompt: {s.context} cached tokens count as {context}, whole vectors")
@@ -283,23 +315,7 @@ class _Mapper:
             keys = min(keys, ceil_div(m.sliding_window, 4 * p.lanes) * 4 * p.lanes)
         phase = f"token {keys}"
         if phase not in self._phases:
-            ops = layer_operators(m, self.share.sockets, token=True)
-            batch = s.batch
-            choices: list[Choice] = []
-            while not choices:
-                try:
-                    choices = self._cut(
-                        ops, ["z"],
-                        lambda some, keep, batch=batch: plan_vectors(
-                            p, self.share, some, keep, self.limits, batch=batch, keys=keys, pitch=self.pitch
-                        ),
-                        f"{keys} cached tokens",
-                    )  # fmt: skip
-                except UserError:
-                    if batch == 1:
-                        raise
-                    batch = batch // 2
-            self._phases[phase] = [self._kernel(phase, c) for c in choices], batch
+            self._phases[phase] = self._token_kernels(phase, keys)
         layers, batch = self._phases[phase]
         first = max(0, cached - keys)
         slot = {
@@ -316,6 +332,51 @@ class _Mapper:
                     self.launches.append(Launch(k, self._tag(k, layer), step, layer, slot))
         for _ in range(s.batch):
             self._head(step)
+
+    def _token_kernels(self, phase: str, keys: int) -> tuple[list[int], int]:
+        """The kernels of a layer for the next token, and how many sequences they take at once.
+
+        Fewer units make more and smaller sections: these are taken where larger ones find no routes of their own.
+        """
+        tries: list[tuple[list[Kernel], int]] = []
+        first = len(self.kernels)
+        for percent in TOKEN_PERCENTS:
+            self.limits = self._limits(percent)
+            try:
+                choices, batch = self._token_choices(keys)
+            except UserError:
+                if tries:
+                    break
+                raise
+            for choice in choices:
+                self._kernel(phase, choice)
+            tries.append((self.kernels[first:], batch))
+            del self.kernels[first:]
+            if self.document["percent"] or not any(k.blocked for k in tries[-1][0]):
+                break
+        kernels, batch = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
+        self.kernels += kernels
+        return list(range(first, len(self.kernels))), batch
+
+    def _token_choices(self, keys: int) -> tuple[list[Choice], int]:
+        """The sections of a layer that the present limits allow, and the largest batch with which they do."""
+        ops = layer_operators(self.model, self.share.sockets, token=True)
+        batch = self.scenario.batch
+        while True:
+            plan = partial(plan_vectors, self.p, self.share, batch=batch, keys=keys, pitch=self.pitch)
+            try:
+                choices = self._cut(
+                    ops,
+                    ["z"],
+                    lambda some, keep, plan=plan: plan(some, keep, self.limits),
+                    f"{keys} cached tokens",
+                )
+            except UserError:
+                if batch == 1:
+                    raise
+                batch //= 2
+            else:
+                return choices, batch
 
     def _head(self, step: int) -> None:
         """The LM head of one vector, the last row of a prompt, which the host has put there, or a token's."""
@@ -395,10 +456,11 @@ class _Mapper:
                 section = Section(self.p, f"{phase} {_name(choice)}")
                 choice.line.into(section, choice.ticks(self.p))
                 try:
-                    built = section.build(seed=seed, moves=self.document["moves"] or None)
+                    at = choice.line.places() if phase == "prompt" else None
+                    built = section.build(seed=seed, moves=self.document["moves"] or None, at=at)
                 except UserError:  # more streams on a link than it has flows
                     continue
-                blocked = _blocked(built, choice.line.resting)
+                blocked = _blocked(built, choice.line)
                 if best is None or blocked < best[0]:
                     best = blocked, choice, built
                 if blocked > HOPELESS or not blocked:
@@ -415,11 +477,7 @@ class _Mapper:
                 f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
             )
         blocked, choice, built = best
-        if blocked:
-            self.notes.append(
-                f"{phase}, {_name(choice)}: {blocked} links are shared with streams that wait for others; it may stop for good"
-            )
-        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start))
+        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start, blocked))
         return len(self.kernels) - 1
 
     def _tag(self, kernel: int, layer: int) -> str:
@@ -439,30 +497,62 @@ class _Mapper:
                 seen.setdefault(tag, TagInfo(tag.replace("_", " "), tag, -1))
         self.tags, self.infos = list(seen), list(seen.values())
 
-    def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
-        """The first byte of a tensor; lines of their own, laid out as they are first asked for."""
-        line = self.spec.line_bytes
+    def _tensor(self, tensor: str, layer: int, kernel: Kernel) -> tuple[str, tuple[str, str, int], int]:
+        """The part of the memory that a tensor belongs to, its key there, and its bytes."""
         size = kernel.choice.line.extents[tensor]
         tier = kernel.choice.line.tiers[tensor]
         if tensor in ("x", "z") and layer >= 0:  # a layer reads what the one before wrote
-            key = ("rows", "xz"[(layer + (tensor == "z")) % 2], -1)
-            size = self._widest
-        elif tensor == "x":
-            key, size = ("rows", "xz"[self.model.layers % 2], -1), self._widest
-        elif tensor in ("keys.new", "values.new"):
-            key, size = ("cache", tensor.split(".")[0], layer), self.scenario.batch * self._cache_bytes()
-        elif tensor in ("keys", "values"):
-            key, size = ("cache", tensor, layer), self.scenario.batch * self._cache_bytes()
-        elif tensor in SHARED:
-            key = (kernel.phase, tensor, -1)
-        elif tensor in ACTIVATIONS or tier == "remote":
-            key, size = ("rows", tensor, -1), self._widest
-        else:
-            key = (f"{kernel.phase} {kernel.name}" if kernel.phase != "prompt" else "prompt", tensor, layer)
-        if key not in self.address:
-            self.address[key] = self.used[tier]
-            self.used[tier] += ceil_div(size, line) * line
-        return self.address[key]
+            return "rows", ("rows", "xz"[(layer + (tensor == "z")) % 2], -1), self._widest
+        if tensor == "x":
+            return "rows", ("rows", "xz"[self.model.layers % 2], -1), self._widest
+        if tensor in ("keys", "values", "keys.new", "values.new"):
+            size = self.scenario.batch * self._cache_bytes()
+            return "cache", ("cache", tensor.split(".")[0], layer), size
+        if tensor in SHARED:
+            return "tables", (kernel.phase, tensor, -1), size
+        if tensor in ACTIVATIONS or tier == "remote":
+            return "rows", ("rows", tensor, -1), self._widest
+        phase = f"{kernel.phase} {kernel.name}" if kernel.phase != "prompt" else "prompt"
+        return "weights", (phase, tensor, layer), size
+
+    def _lay_out(self) -> dict[str, dict[str, int]]:
+        """Give every tensor its address, in lines of its own, part after part; bytes of the parts by tier."""
+        line = self.spec.line_bytes
+        parts: dict[str, dict[str, dict[str, dict[tuple[str, str, int], int]]]] = {}
+        for launch in self.launches:
+            if launch.kernel >= 0:
+                kernel = self.kernels[launch.kernel]
+                for r in kernel.choice.line.arguments:
+                    part, key, size = self._tensor(r.tensor, launch.layer, kernel)
+                    tier = kernel.choice.line.tiers[r.tensor]
+                    if launch.layer < 0:  # passes of the head lie side by side
+                        size += launch.slot.get(r.tensor, 0)
+                    # Phases whose weights are the same begin at the same address.
+                    phase = kernel.phase if part == "weights" and not self.apart else ""
+                    group = parts.setdefault(tier, {name: {} for name in PARTS})[part].setdefault(phase, {})
+                    group[key] = max(group.get(key, 0), size)
+        told: dict[str, dict[str, int]] = {}
+        for tier, named in parts.items():
+            for part, phases in named.items():
+                first = end = self.used[tier]
+                # The head's weights are no layer's.
+                common = phases.pop("head", {})
+                for group in phases.values():
+                    at = first
+                    for key, size in group.items():
+                        self.address[key] = at
+                        at += ceil_div(size, line) * line
+                    end = max(end, at)
+                for key, size in common.items():
+                    self.address[key] = end
+                    end += ceil_div(size, line) * line
+                self.used[tier] = end
+                told.setdefault(tier, {})[part] = end - first
+        return told
+
+    def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
+        """The first byte of a tensor."""
+        return self.address[self._tensor(tensor, layer, kernel)[1]]
 
     @property
     def _widest(self) -> int:
@@ -506,16 +596,19 @@ class _Mapper:
                 + ", ".join(f"{counts[k]} of {there[k]} {k.upper()}s" for k in counts)
                 + f"; at least {bound} ticks, {binds} binds; "
                 + ", ".join(f"{tier} {n / 1e6:.4g} MB" for tier, n in moved.items())
+                + (
+                    f"; {kernel.blocked} links shared with streams that wait for others"
+                    if kernel.blocked
+                    else ""
+                )
                 + f"; wires {float(placement.initial_cost):.4g} -> {float(placement.cost):.4g} hops a tick, "
                 f"most loaded link {float(routing.slow_down):.3g} (claimed), {over} links over, {kernel.seconds:.1f} s"
             )
             document.append(
                 {"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles}
             )
-        self.document = {**self.document, "sections": document}
-        for launch in self.launches:
-            if launch.kernel >= 0:
-                self._arguments(launch)
+        memory = self._lay_out()
+        self.document = {**self.document, "sections": document, "memory": memory}
         hbm, ddr = self.spec.memory.hbm.bytes, self.spec.memory.ddr.bytes
         cache = 2 * m.layers * s.batch * self._cache_bytes()
         self.notes.append(

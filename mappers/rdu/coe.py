@@ -429,14 +429,15 @@ class _Part:
     """A mapped model as a part of a larger program."""
 
     def __init__(self, mapped: Mapped, first_tag: int) -> None:
-        renamed: dict[int, NDArray[Any]] = {}  # equal arrays stay one array
+        # One array stays one array; both are kept, as long as their identities are told apart by number.
+        renamed: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
 
         def retag(records: NDArray[Any]) -> NDArray[Any]:
             if first_tag and "tag" in (records.dtype.names or ()):
                 if id(records) not in renamed:
-                    renamed[id(records)] = records.copy()
-                    renamed[id(records)]["tag"] += first_tag
-                return renamed[id(records)]
+                    renamed[id(records)] = records, records.copy()
+                    renamed[id(records)][1]["tag"] += first_tag
+                return renamed[id(records)][1]
             return records
 
         self._segments = [

@@ -165,7 +165,7 @@ def _pop(heap, size):
 
 @njit(cache=True)
 def grow_tree(
-    source, targets, rate, one, hop, columns, follow, base, load, count, history, capacity, flows, present,
+    source, targets, rate, one, least, hop, columns, follow, base, load, count, history, capacity, flows, present,
     cost, stamp, clock, parent, heap, tree, tree_parent, ends,
 ):  # fmt: skip
     """Route one stream: from its tree so far to each target in turn, by A*; returns the number of states.
@@ -205,7 +205,8 @@ def grow_tree(
                 after = follow[state, port]
                 if after < 0:
                     continue
-                over = max(0, one * (load[after] + rate - capacity) // capacity)
+                excess = load[after] + rate - capacity
+                over = least + one * excess // capacity if excess > 0 else 0
                 over += max(0, one * (count[after] + 1 - flows) // flows)
                 there = here + (base[after] * (one + history[after]) * (one + (present * over) // one)) // one
                 if stamp[after] == now and cost[after] <= there:

@@ -58,20 +58,29 @@ class Choice:
 
     def ticks(self, p: RduParams) -> int:
         """What it takes at least: the busiest unit's iterations, or the busiest memory's lines."""
-        out = self.line.interval()[0]
-        for tier, n in self.line_bytes().items():
-            i = TIERS.index(tier)
-            lines = ceil_div(n, 4 * p.lanes)
-            out = max(out, ceil_div(lines * int(p.rate_q[i]), int(p.rate_p[i]) * int(p.channels[i])))
-        return out
+        return max(self.line.interval()[0], _memory_ticks(p, self.line))
 
     def line_bytes(self) -> dict[str, int]:
         """Bytes by tier."""
-        out: dict[str, int] = {}
-        for unit, n in self.line.traffic.items():
-            tier = str(self.line.units[unit].fields["tier"])
-            out[tier] = out.get(tier, 0) + n
-        return out
+        return _line_bytes(self.line)
+
+
+def _line_bytes(line: Pipeline) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for unit, n in line.traffic.items():
+        tier = str(line.units[unit].fields["tier"])
+        out[tier] = out.get(tier, 0) + n
+    return out
+
+
+def _memory_ticks(p: RduParams, line: Pipeline) -> int:
+    """What the busiest memory takes for a section's lines."""
+    out = 1
+    for tier, n in _line_bytes(line).items():
+        i = TIERS.index(tier)
+        lines = ceil_div(n, 4 * p.lanes)
+        out = max(out, ceil_div(lines * int(p.rate_q[i]), int(p.rate_p[i]) * int(p.channels[i])))
+    return out
 
 
 Plan = Callable[[Sequence[Op], Sequence[str]], Choice | None]
@@ -155,7 +164,9 @@ def _fill(
         others = max(
             (n for name, n in first.work.items() if not _of_product(first, name, demands)), default=1
         )
-        found = allocate(demands, {"pcu": (limits.pcu - fixed) // tiles.groups}, at_least=others)
+        # Products that are faster than a memory, or than another stage, would only wait for it.
+        at_least = max(others, _memory_ticks(p, first))
+        found = allocate(demands, {"pcu": (limits.pcu - fixed) // tiles.groups}, at_least=at_least)
         if found is None:
             return None
         spare = limits.agcu - first.count("agcu") + gates

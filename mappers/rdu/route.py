@@ -38,6 +38,9 @@ TURNS: tuple[Turns, ...] = ("acyclic", "any", "odd-even", "west-first", "xy", "y
 
 _PORTS = LOCAL + 1  # of a switch, as states: the mesh ports, and one for injection
 _FINEST = 1 << 20  # the unit of rates is at least 1 / _FINEST packets a tick
+_AT_LEAST = (
+    ONE // 2
+)  # overuse that counts even where a link is overused by little: one stream may stop another there
 _PATIENCE = 15  # iterations without a better result
 
 
@@ -259,7 +262,8 @@ class _Router:
                 self._put(i, None)
                 self._put(i, self._grow(i, present))
             # Rounded up: the least overuse counts.
-            over = -(-np.maximum(self.load - self.capacity, 0) * ONE // self.capacity)
+            excess = np.maximum(self.load - self.capacity, 0)
+            over = np.where(excess, _AT_LEAST, 0) + -(-excess * ONE // self.capacity)
             over += -(-np.maximum(self.count - self.fabric.flows, 0) * ONE // self.fabric.flows)
             length = sum(len(tree.states) for tree in self.trees.values())
             score = (int(over.max()), int(over.sum()), length)
@@ -325,7 +329,7 @@ class _Router:
         fabric, targets = self.fabric, self.targets[i]
         ends = np.zeros(len(targets), np.int64)
         states = grow_tree(
-            self.sources[i], targets, self.rates[i], ONE, min(fabric.hop, fabric.die_hop), fabric.columns,
+            self.sources[i], targets, self.rates[i], ONE, _AT_LEAST, min(fabric.hop, fabric.die_hop), fabric.columns,
             self.follow, self.base, self.load, self.count, self.history, self.capacity, fabric.flows, present,
             self._cost, self._stamp, self._clock, self._parent, self._heap, self._tree, self._tree_parent, ends,
         )  # fmt: skip

@@ -37,6 +37,9 @@ BF16_BYTES = 2
 LOADED = "loaded"
 LEAST = Fraction(1, 64)
 """Rate that the rarest stream is given to route it by."""
+LOADING = Fraction(1, 1024)
+"""And that of a stream which is over before the rows come: `SHARING` of them may lie with one of weights."""
+SHARING = 4
 _RING = 1 << ADDRESS_BITS
 
 
@@ -146,6 +149,10 @@ class Pipeline:
         """A memory unit of each gate that fills some once."""
         self.filled: list[str] = []
         """Memory units that are filled once, and read from when all gates that do so are through."""
+        self.later: set[str] = set()
+        """Those that were `filled`: nothing leaves them before all is loaded."""
+        self.loading: set[str] = set()
+        """Gates that do nothing but fill them."""
         self.resting: set[str] = set()
         """Units whose packets wait on their way until others come."""
         self.arguments: list[Region] = []
@@ -226,6 +233,10 @@ class Pipeline:
                 self.wire(source, LOADED, hold)
             for unit in self.filled:
                 self.wire(LOADED, f"{unit}.read")
+            self.later.update(self.filled)
+            self.loading.update(
+                source for source, sinks in self.sinks.items() if all(unit in self.later for unit, _ in sinks)
+            )
             self.filled.clear()
         self.starts.clear()
         self.bundles.clear()
@@ -397,7 +408,9 @@ class Pipeline:
             raise UserError(
                 f"buffer {name}: {self.buffers} x {width} columns of {lanes} rows are {span} words; a PMU has {self.capacity}"
             )
-        if flow.merged and self.blocks * flow.each + width > 1 << SEQUENCE_BITS:
+        # Ids wrap around unnoticed where addresses do so at the same packet, or sooner.
+        wraps = (lanes << SEQUENCE_BITS) % _RING == 0
+        if flow.merged and not wraps and self.blocks * flow.each + width > 1 << SEQUENCE_BITS:
             raise UserError(
                 f"buffer {name}: {self.blocks} blocks of {flow.each} columns run through the {1 << SEQUENCE_BITS} "
                 "sequence ids; use more groups or smaller tiles"
@@ -755,6 +768,8 @@ class Pipeline:
         `x` gives a word of the vector a packet, depth x strips times; `weights[g]` are units whose streams hold the
         strips, row after row, one for each unit of the product.
         """
+        # Where weights are still to come, the words for them wait on their way, on both networks.
+        self.resting.update(unit for row in x.sources for unit in row)
         x = self.spread(f"{name}.x", tag, x)
         sources = []
         for g in range(self.groups):
@@ -789,14 +804,17 @@ class Pipeline:
         """
         self.close()
         most = max(ticks, self.interval()[0])
+        least = 2 * LEAST if self.loading else LEAST  # seen beside weights, which leave loads some room
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=u.tag, **fields)
         for source, sinks in self.sinks.items():
             # However rare a stream is, it counts beside one that claims the link.
-            rate = min(Fraction(1), max(LEAST, Fraction(self.packets(source), max(1, most))))
+            rate = min(Fraction(1), max(least, Fraction(self.packets(source), max(1, most))))
             if source in self.resting:
-                rate = Fraction(1)
+                rate = 1 - SHARING * LOADING if source in self.later else Fraction(1)
+            elif source in self.loading:
+                rate = LOADING
             section.stream(source, *sinks, network=self.networks[source], rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)

@@ -21,18 +21,15 @@ from tilewright.workloads.rdu import blank_image
 # rows of the transpose in blocks of LANES.
 LANES, COLUMNS = 2, 2  # of an array
 R, K, N, Q = LANES, 6, 4, 4
-BLOCKS, FIRST, SECOND = (
-    N // LANES,
-    N // COLUMNS,
-    Q // COLUMNS,
-)  # passes of the second array, strips of B and of C
+BLOCKS = N // LANES  # passes of the second array
+FIRST, SECOND = N // COLUMNS, Q // COLUMNS  # strips of B and of C
 LINE = 4 * LANES
 AT = {"a": 0, "weights": 512, "m": 640, "d": 1024}  # bytes of HBM
 DEPTHS = (2, 5)  # of the queues; each is RTL of its own
 PINS = (
     {},
     {"gemm0": (2, 0), "gemm1": (0, 0), "turn": (3, 0), "store": (0, 1)},
-    {"gemm0": (1, 1), "gemm1": (3, 1), "turn": (0, 1), "load_a": (3, 0)},
+    {"gemm0": (3, 1), "gemm1": (1, 1), "turn": (2, 1)},
 )
 
 

@@ -1,6 +1,7 @@
 """Whole layers on a small machine: interpreted, they give the bits of the reference."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
 from tilewright.mappers.rdu.layer import Rows, Share, Tiles, Vectors, layer_operators, slope
+from tilewright.mappers.rdu.plan import kept
 from tilewright.mappers.rdu.section import Section, segment
 from tilewright.mappers.rdu.stages import first_column
 from tilewright.workloads import rdu_layer as reference
@@ -60,20 +62,26 @@ class Memory:
         return image
 
 
-def run(spec, lines, memory, fill):
-    """The HBM behind the sections `lines`, one after the other; `fill` puts what an argument points to and is not there."""
+def run(spec, lines, memory, fill, execute=None, seed=0):
+    """The HBM behind the sections `lines`, one after the other; `fill` gives what an argument points to and is not there.
+
+    `execute(spec, program, image)` gives the image behind them; else they are interpreted.
+    """
     p = spec.params()
     segments, tags = [], []
     for i, line in enumerate(lines):
         section = Section(p, f"section {i}")
         line.into(section)
-        for region in line.arguments:
-            if region.tensor not in memory.at:
-                memory.put(region.tensor, fill(line, region.tensor))
-        args = {k: memory.at[r.tensor] + r.offset for k, r in enumerate(line.arguments)}
-        segments.append(segment(section.build(moves=20_000), args=args, index=i, tags=tags))
-    image, _ = interpret(spec, Program(rdu.ISA, segments, tags), memory.fill(blank_image(p)))
-    return image["hbm"]
+        own = {r.tensor: f"weights {i}" if r.tensor == "weights" else r.tensor for r in line.arguments}
+        for tensor, name in own.items():
+            if name not in memory.at:
+                memory.put(name, fill(line, tensor))
+        args = {k: memory.at[own[r.tensor]] + r.offset for k, r in enumerate(line.arguments)}
+        built = section.build(moves=20_000, seed=seed, remember=False)
+        segments.append(segment(built, args=args, index=i, tags=tags))
+    program, image = Program(rdu.ISA, segments, tags), memory.fill(blank_image(p))
+    after = execute(spec, program, image) if execute else interpret(spec, program, image)[0]
+    return after["hbm"]
 
 
 def random_weights(model, rng):
@@ -198,9 +206,26 @@ def test_masks_that_need_many_stages(change, window):
     assert np.array_equal(got, expected)
 
 
-def token(model, *, context, keys, pitch=32, batch=1, chunks=1, words=1, gates=2):
-    """(vectors of the machine, of the reference), and (new keys of each)."""
-    spec = machine()
+def token(
+    model,
+    *,
+    context,
+    keys,
+    pitch=32,
+    batch=1,
+    chunks=1,
+    words=1,
+    gates=2,
+    spec=None,
+    cuts=(),
+    execute=None,
+    seed=0,
+):
+    """(vectors of the machine, of the reference), and (new keys of each).
+
+    `cuts` are the names of operators that begin another section; `execute` and `seed` as of `run`.
+    """
+    spec = spec or machine()
     p = spec.params()
     lanes, m, d = p.lanes, model, model.d_model
     w, make = random_weights(m, np.random.default_rng(2))
@@ -219,14 +244,22 @@ def token(model, *, context, keys, pitch=32, batch=1, chunks=1, words=1, gates=2
     for name, cache in zip(("keys", "values"), past, strict=True):
         memory.put(name, half(cache.transpose(0, 2, 1)))
         memory.at[f"{name}.new"] = memory.at[name] + 2 * context
-    builder = Vectors(
-        p, Share(m), batch=batch, keys=keys, pitch=pitch, chunks=chunks, words=words, gates=gates
-    )
-    line = builder.build(layer_operators(m, token=True), ["z"])
+    ops = layer_operators(m, token=True)
+    firsts = [0, *(i for i, op in enumerate(ops) if op.name in cuts), len(ops)]
+    builders = []
+    for first, stop in pairwise(firsts):
+        builder = Vectors(
+            p, Share(m), batch=batch, keys=keys, pitch=pitch, chunks=chunks, words=words, gates=gates
+        )
+        builder.build(ops[first:stop], kept(ops[first:stop], ops[stop:], ["z"]))
+        builders.append(builder)
 
     def fill(line, tensor):
-        if tensor != "weights":
+        if tensor in w:
             return half(w[tensor])
+        if tensor != "weights":
+            return np.zeros(line.extents[tensor], np.uint8)
+        builder = next(b for b in builders if b.line is line)
         shares, at = [[] for _ in range(gates)], 0
         for bank in builder.banks:
             own = w[bank.name][bank.part * bank.depth : (bank.part + 1) * bank.depth]
@@ -237,20 +270,20 @@ def token(model, *, context, keys, pitch=32, batch=1, chunks=1, words=1, gates=2
                 )
                 at += 1
         held = []
-        for i, share in enumerate(shares):
+        for i, share in enumerate(s for s in shares if s):
             fields = line.units[f"weights.load{i}"].fields
             words = np.concatenate(share)
             held.append(np.pad(words, ((0, fields["count0"] * fields["count1"] - len(words)), (0, 0))))
         return half(np.concatenate(held))
 
-    hbm = run(spec, [line], memory, fill)
+    hbm = run(spec, [b.line for b in builders], memory, fill, execute, seed)
     got = hbm[memory.at["z"] :][: 2 * batch * d].view(np.uint16).reshape(batch, d)
     cache = (
         hbm[memory.at["keys"] :][: 2 * batch * pitch * m.kv_dim]
         .view(np.uint16)
         .reshape(batch, m.kv_dim, pitch)
     )
-    parts = {bank.name: bank.part + 1 for bank in builder.banks}
+    parts = {bank.name: bank.part + 1 for b in builders for bank in b.banks}
     rotary = m.position == "rotary"
     expected = [
         reference.token_layer(
@@ -271,6 +304,7 @@ def token(model, *, context, keys, pitch=32, batch=1, chunks=1, words=1, gates=2
         ({}, {"context": 12, "keys": 16}),
         ({}, {"context": 9, "keys": 16, "batch": 2, "chunks": 2, "words": 256, "gates": 3}),
         ({"kv_heads": 2}, {"context": 0, "keys": 0}),
+        ({}, {"context": 12, "keys": 16, "cuts": ("rotary", "attention", "attention_add", "activation")}),
         (GPT, {"context": 17, "keys": 24}),
     ],
 )

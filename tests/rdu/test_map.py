@@ -150,7 +150,7 @@ def test_choices_are_checked(mapping, message):
 
 
 def test_what_is_not_supported():
-    with pytest.raises(UserError, match="mixture or composition of experts"):
+    with pytest.raises(UserError, match="mixtures of experts"):
         map_model(machine(), load_model("mixtral-8x7b"), Scenario(generate=1))
     with pytest.raises(UserError, match="norms within attention"):
         map_model(machine(), replace(MODEL, qk_norm=True), Scenario(generate=1))
