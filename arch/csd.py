@@ -30,7 +30,7 @@ slot and group side by side: groups, not bytes, are addressed, which is what mak
 Decisions where the paper leaves a problem open:
 
 - *Addresses*: 32 bits do not hold batch, layer, token, head and channel (38 for OPT-13B). An entry of a table is
-  a group; of which group, the slot's number and the position within it say (25 bits for the same).
+  a group; of which group, the slot's number and the position within it say (27 bits for the same).
 - *Staging*: channel-indexed pages span up to 1024 tokens, too many to be staged in DRAM for every head. The
   group buffer holds token-indexed groups only, the last two of each slot: the one that fills, and the one before,
   which is being programmed. When a span is complete, TRANSPOSE reads its token-indexed pages back, and writes
@@ -195,14 +195,13 @@ class EngineSection(Section):
     """The attention engine of one drive.
 
     `lanes` are the multipliers of a GeMV unit; each kernel has one of them, one softmax unit and one scalar unit.
-    `buffer_lines`: an operand buffer's half, of which a kernel has two. `max_tokens`: what scores, weights and
-    selections are held for. `key_lanes`: keys that the argtopk unit compares in a tick.
+    The argtopk unit compares as many keys in a tick. `buffer_lines`: an operand buffer's half, of which a kernel has two.
+    `max_tokens`: what scores, weights and selections are held for.
     """
 
     clock_mhz: Positive
     kernels: Annotated[int, Limits(ge=1, le=2)]
     lanes: Annotated[int, Limits(ge=2, le=64)]
-    key_lanes: Annotated[int, Limits(ge=2, le=256)]
     buffer_lines: Annotated[int, Limits(ge=2, le=1 << 20)]
     max_tokens: Annotated[int, Limits(ge=2, le=1 << 19)]
     max_channels: Annotated[int, Limits(ge=2, le=1 << 11)]
@@ -228,7 +227,6 @@ class AttentionSection(Section):
     local: Annotated[int, Limits(ge=0, le=1 << 19)]
     page_channels: Annotated[int, Limits(ge=1, le=1 << 11)]
     page_filter: bool
-    entry_filter: bool
     run_tokens: Annotated[int, Limits(ge=1, le=1 << 12)]
     patterns: Annotated[int, Limits(ge=1, le=1 << 12)]
 
@@ -310,7 +308,6 @@ class CsdParams(NamedTuple):
 
     kernels: int
     lanes: int
-    key_lanes: int
     buffer_lines: int
     max_tokens: int
     max_channels: int
@@ -323,7 +320,6 @@ class CsdParams(NamedTuple):
     slots: int
     vector_lines: int
     page_filter: bool
-    entry_filter: bool
     page_lines: int
     flash_queue: int
     gemv_latency: int
@@ -363,15 +359,12 @@ class CsdSpec(Spec):
     @model_validator(mode="after")
     def _check(self) -> "CsdSpec":
         e, f = self.engine, self.flash
-        for name in ("lanes", "key_lanes"):
-            n = getattr(e, name)
-            if n & (n - 1):
-                raise ValueError(f"engine.{name} must be a power of two, not {n}")
+        if e.lanes & (e.lanes - 1):
+            raise ValueError(f"engine.lanes must be a power of two, not {e.lanes}")
         for name in ("max_tokens", "max_channels"):
-            n = getattr(e, name)
-            if n % e.lanes or n % e.key_lanes:
+            if getattr(e, name) % e.lanes:
                 raise ValueError(
-                    f"engine.{name} {n} must be a multiple of engine.lanes {e.lanes} and engine.key_lanes {e.key_lanes}"
+                    f"engine.{name} {getattr(e, name)} must be a multiple of engine.lanes {e.lanes}"
                 )
         line = e.lanes * FP16.width // 8
         if f.geometry.page_bytes % line:
@@ -459,7 +452,6 @@ class CsdSpec(Spec):
         return CsdParams(
             kernels=e.kernels,
             lanes=e.lanes,
-            key_lanes=e.key_lanes,
             buffer_lines=e.buffer_lines,
             max_tokens=e.max_tokens,
             max_channels=e.max_channels,
@@ -472,7 +464,6 @@ class CsdSpec(Spec):
             slots=self.dram.slots,
             vector_lines=self.dram.vector_lines,
             page_filter=a.page_filter,
-            entry_filter=a.entry_filter,
             page_lines=self.page_elements // e.lanes,
             flash_queue=self.flash.queue,
             gemv_latency=gemv_latency(e.lanes),
@@ -645,14 +636,14 @@ def scalar_ticks(reciprocal_iterations: int, rsqrt_iterations: int) -> dict[str,
     return {name: LANE_TICKS * len(steps) for name, steps in programs.items()}
 
 
-def argtopk_ticks(n: int, key_lanes: int) -> int:
+def argtopk_ticks(n: int, lanes: int) -> int:
     """Ticks from the one that starts a search over n keys to that of the last word of its mask.
 
     The threshold is found bit by bit, from the highest down: the largest number that as many keys reach as are to
-    be taken. A pass counts ceil(n / key_lanes) words and takes a tick more, in which the memory is read ahead. The
+    be taken. A pass counts ceil(n / lanes) words and takes a tick more, in which the memory is read ahead. The
     last pass gives the mask.
     """
-    return (KEY_BITS + 1) * (-(-n // key_lanes) + 1)
+    return (KEY_BITS + 1) * (-(-n // lanes) + 1)
 
 
 # ---- layouts and addresses ----------------------------------------------------------------------------
@@ -712,8 +703,9 @@ def staged_groups(tokens: int, page_tokens: int) -> int:
 
 
 def buffered_rows(p: CsdParams, row_lines: int) -> int:
-    """Rows of `row_lines` lines that fit a half of the operand buffer: what a kernel asks for at once."""
-    return p.buffer_lines // row_lines
+    """Rows of `row_lines` lines that a half of the operand buffer takes, whole groups of `lanes`: a batch of keys or
+    values."""
+    return p.buffer_lines // row_lines // p.lanes * p.lanes
 
 
 def image_shapes(p: CsdParams) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -857,7 +849,7 @@ def energy(spec: CsdSpec) -> tuple[EnergyRow, ...]:
         row("flash: erases", "erases", erased, "energy.block_erase_uj"),
         row("GeMV", "products", e.product_pj * p.lanes, "energy.product_pj"),
         row("softmax", "exponentials", e.exponential_pj, "energy.exponential_pj"),
-        row("argtopk", "compared_words", e.compare_pj_per_key * p.key_lanes, "energy.compare_pj_per_key"),
+        row("argtopk", "compared_words", e.compare_pj_per_key * p.lanes, "energy.compare_pj_per_key"),
         row("scalars", "scalar_steps", e.scalar_step_pj, "energy.scalar_step_pj"),
         row(
             "operand buffers",
@@ -915,6 +907,9 @@ def check(p: CsdParams, code: np.ndarray, where: str = "") -> None:
          f"page_tokens * d must be in 1..{page}, the elements of a page"),
         (config & ((f["page_channels"] < 1) | (span < 1) | (f["page_channels"] * span > page)),
          f"page_channels * span must be in 1..{page}, the elements of a page"),
+        (config & (f["page_tokens"] > halves // np.maximum(d, 1) // p.lanes * p.lanes),
+         f"page_tokens must be at most the rows that half an operand buffer of {halves} elements takes, whole groups of "
+         f"{p.lanes}"),
         (config & (span % p.lanes != 0), f"span must be a multiple of {p.lanes}"),
         (config & (span % rows != 0), "span must be a multiple of page_tokens: whole groups are transposed"),
         (config & (d % np.maximum(f["page_channels"], 1) != 0), "page_channels must divide d"),

@@ -341,7 +341,7 @@ class Fetch(wiring.Component):
             pages.n.eq(ask.payload.n),
             pages.rows.eq(ask.payload.rows),
             pages.skip.eq(int(p.page_filter)),
-            pages.pick.eq(int(p.entry_filter)),
+            pages.pick.eq(1),
             pages.i.valid.eq(words.valid | now["all"]),
             pages.i.payload.eq(words.payload | now["all"].replicate(p.lanes)),
             words.ready.eq(pages.i.ready & ~now["all"]),

@@ -4,7 +4,7 @@ from amaranth.lib import stream
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
-from tilewright.arch.csd import CAUSES, CsdParams
+from tilewright.arch.csd import CAUSES, TOKEN_BITS, CsdParams
 from tilewright.arch.formats import FP16, FP32
 from tilewright.rtl.csd.controller import line_layout
 from tilewright.rtl.csd.decoder import configuration_layout
@@ -17,8 +17,9 @@ def kernel_members(p: CsdParams) -> dict:
     """The members of a kernel, in its own directions.
 
     ================== === ================== ====================================================================
-    clear              In  1                  a run begins in the next tick
     configuration      In  layout             what the last CONFIG set
+    span_groups        In                     token-indexed groups of a span
+    span_groups        In                     token-indexed groups of a span
     head               In  stream(head)       taken in a tick in which it is `ready`, that is at rest
     busy               Out 1                  a head is under way: from the tick after it was taken to that of `done`
     done               Out 1                  its last tick
@@ -62,8 +63,8 @@ def kernel_members(p: CsdParams) -> dict:
     most = max(p.max_tokens, p.max_channels)
     keys = bits_for(most)
     return {
-        "clear": In(1),
         "configuration": In(configuration_layout()),
+        "span_groups": In(TOKEN_BITS),
         "head": In(stream.Signature(head_layout(p))),
         "busy": Out(1),
         "done": Out(1),
@@ -88,15 +89,15 @@ def kernel_members(p: CsdParams) -> dict:
         "topk_has": In(1),
         "topk_releases": Out(1),
         "topk_write": Out(1),
-        "topk_address": Out(bits_for(most // p.key_lanes - 1)),
-        "topk_keys": Out(p.key_lanes * FP16.width),
+        "topk_address": Out(bits_for(most // p.lanes - 1)),
+        "topk_keys": Out(p.lanes * FP16.width),
         "topk_start": Out(1),
         "topk_n": Out(keys),
         "topk_take": Out(keys),
         "topk_local": Out(keys),
         "topk_valid": In(1),
-        "topk_index": In(bits_for(most // p.key_lanes - 1)),
-        "topk_mask": In(p.key_lanes),
+        "topk_index": In(bits_for(most // p.lanes - 1)),
+        "topk_mask": In(p.lanes),
         "topk_last": In(1),
         "products": Out(1),
         "exponentials": Out(1),

@@ -18,16 +18,12 @@ from tilewright.rtl.lib.memory import MODEL
 def build_rtl(spec: arch.CsdSpec, *, depth: int = csd.CODE_DEPTH, waves: bool = False) -> Build:
     """The simulator for the structure of `spec`: built once for all timings, cached by content.
 
-    Raises UserError for a drive too large for one, and for one without the entry-level filter, which the RTL cannot be.
+    Raises UserError for a drive too large for one.
     """
     if csd.part(spec):
         raise UserError(
             f"the RTL of a drive is simulated up to {csd.MOST_OPERATIONS} operations in all controllers, not "
             f"{csd.operations(spec.params())}: set flash.queue and flash.geometry.channels"
-        )
-    if not spec.attention.entry_filter:
-        raise UserError(
-            "attention.entry_filter must be true in the RTL, whose kernels take selected rows alone"
         )
     verilog = to_verilog(csd.top(spec, depth=depth))
     return build(verilog, top="top", extra_sources=[MODEL], waves=waves)

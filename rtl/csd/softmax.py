@@ -157,6 +157,7 @@ class ScalarUnit(wiring.Component):
     program  In  range(PROGRAMS) what
     x, y, u  In  32              operands, FP32
     plain    In  1               tau: the result is u
+    steps    Out 1               a step begins
     busy     Out 1               a step is under way
     done     Out 1               results are there
     x_result Out 32
@@ -174,6 +175,7 @@ class ScalarUnit(wiring.Component):
                 "y": In(FP32.width),
                 "u": In(FP32.width),
                 "plain": In(1),
+                "steps": Out(1),
                 "busy": Out(1),
                 "done": Out(1),
                 "x_result": Out(FP32.width),
@@ -196,6 +198,7 @@ class ScalarUnit(wiring.Component):
         m.d.comb += [
             current.eq(Mux(self.start, Array(int(b) for b in begins)[self.program], word)),
             issues.eq(self.start | (self.busy & (phase == 0) & ~self.done)),
+            self.steps.eq(issues),
             value.eq(Mux(clip & ~lane.o[-1] & (lane.o > one) & ~is_nan(lane.o), one, lane.o)),
         ]
         # A register has the result of the step before in the tick in which the next step takes it.

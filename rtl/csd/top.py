@@ -1,6 +1,6 @@
 """A drive behind a host port."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, ResetInserter, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Out, connect, flipped
@@ -13,6 +13,7 @@ from tilewright.rtl.csd.controller import FlashController, PortSwitch
 from tilewright.rtl.csd.decoder import TICK_BITS, CommandDecoder
 from tilewright.rtl.csd.fetch import Fetch, StagedPages
 from tilewright.rtl.csd.ftl import PageTables
+from tilewright.rtl.csd.kernel import AttentionKernel
 from tilewright.rtl.csd.staging import GroupBuffer
 from tilewright.rtl.csd.vectors import Turns, Vectors
 from tilewright.rtl.csd.writer import Writer
@@ -63,9 +64,6 @@ class Top(wiring.Component):
         super().__init__({"host": Out(HostPort)})
 
     def elaborate(self, platform):
-        # Here, so that the parts can be used without a kernel.
-        from tilewright.rtl.csd.kernel import AttentionKernel
-
         m = Module()
         p = self._params
         m.submodules.host = host = HostDecoder(hostmap(p, self._depth))
@@ -73,18 +71,24 @@ class Top(wiring.Component):
         register = dict(zip(REGISTERS, host.registers, strict=True))
         clear = host.start
 
+        # What arbitrates begins every run alike.
+        renewed = ResetInserter(clear)
         m.submodules.decoder = decoder = CommandDecoder(depth=self._depth)
-        m.submodules.fetch = fetch = Fetch(params=p, depth=self._depth)
+        fetch = Fetch(params=p, depth=self._depth)
+        m.submodules.fetch = renewed(fetch)
         m.submodules.writer = writer = Writer(params=p, order=self._order)
-        m.submodules.vectors = vectors = Vectors(params=p, users=p.kernels)
+        vectors = Vectors(params=p, users=p.kernels)
+        m.submodules.vectors = renewed(vectors)
         m.submodules.buffer = buffer = GroupBuffer(params=p)
-        m.submodules.staged = staged = StagedPages(params=p, ports=p.kernels + 1)
+        staged = StagedPages(params=p, ports=p.kernels + 1)
+        m.submodules.staged = renewed(staged)
         m.submodules.tables = tables = PageTables(params=p)
-        m.submodules.topk = topk = ArgTopK(lanes=p.key_lanes, keys=max(p.max_tokens, p.max_channels))
+        topk = ArgTopK(lanes=p.lanes, keys=max(p.max_tokens, p.max_channels))
+        m.submodules.topk = renewed(topk)
         kernels, controllers = [], []
         for k in range(p.kernels):
-            m.submodules[f"kernel_{k}"] = kernel = AttentionKernel(params=p)
-            kernels.append(kernel)
+            kernels.append(AttentionKernel(params=p))
+            m.submodules[f"kernel_{k}"] = renewed(kernels[k])
         for c in range(p.flash.channels):
             controller = FlashController(params=p, types=self._types, ports=p.kernels + 1)
             m.submodules[f"controller_{c}"] = controller
@@ -96,8 +100,8 @@ class Top(wiring.Component):
             decoder.length.eq(register["length"]),
             decoder.draining.eq(any_of([controller.working for controller in controllers])),
             writer.clear.eq(clear),
-            *(kernel.clear.eq(clear) for kernel in kernels),
             *(kernel.configuration.eq(decoder.configuration) for kernel in kernels),
+            *(kernel.span_groups.eq(writer.span_groups) for kernel in kernels),
         ]
         self._code(m, host.code, decoder, clear)
         ends = self._commands(m, decoder, fetch, writer, kernels, clear)
@@ -108,7 +112,7 @@ class Top(wiring.Component):
             m.d.comb += controller.clear.eq(clear)
             self._times(m, controller.times, register)
         forwarded = self._lines(m, fetch, writer, kernels, controllers, staged, clear)
-        self._dram(m, writer, kernels, fetch, staged, vectors, buffer)
+        self._dram(m, writer, kernels, fetch, staged, vectors, buffer, clear)
         self._topk(m, topk, kernels, clear)
 
         counted = {
@@ -296,7 +300,7 @@ class Top(wiring.Component):
             m.d.comb += source.grant.eq(any_of(grant))
         return forwarded
 
-    def _dram(self, m, writer, kernels, fetch, staged, vectors, buffer):
+    def _dram(self, m, writer, kernels, fetch, staged, vectors, buffer, clear):
         m.d.comb += [
             vectors.first_read.eq(writer.vector_read),
             vectors.first_from.eq(writer.vector_address),
@@ -307,7 +311,8 @@ class Top(wiring.Component):
             vectors.read.eq(Cat(kernel.vector_read for kernel in kernels)),
             vectors.write.eq(Cat(kernel.vector_write for kernel in kernels)),
         ]
-        m.submodules.sum_turn = turn = RoundRobin(count=len(kernels))
+        turn = RoundRobin(count=len(kernels))
+        m.submodules.sum_turn = ResetInserter(clear)(turn)
         slots = []
         for k, kernel in enumerate(kernels):
             slot = Signal.like(kernel.head.payload.slot, name=f"slot_{k}")
