@@ -237,8 +237,13 @@ class AttentionKernel(wiring.Component):
             ),
             # Values that come while keys are worked on have one half.
             limit.eq(Mux(values_asked & ~later, intake.rows, base + 2 * intake.rows)),
+            # All rows may be there before the last page is looked at, which is read where pages are not filtered.
             self.limit.eq(
-                Mux(estimating | (limit > max(p.max_tokens, p.max_channels)), (1 << len(self.limit)) - 1, limit)
+                Mux(
+                    estimating | mixed | (later & ~values_asked) | (limit > max(p.max_tokens, p.max_channels)),
+                    (1 << len(self.limit)) - 1,
+                    limit,
+                )
             ),
         ]
         with m.If(self.words.ready):
@@ -668,10 +673,11 @@ class AttentionKernel(wiring.Component):
                     m.next = "JOINED"
             settle("JOINED", _HALVES, "FIRST")
             with m.State("FIRST"):
-                # The line to be written is read a tick ahead.
-                m.d.comb += stores.eq(1)
-                count(m, (w, row_lines), (h, group))
-                m.next = "STORE"
+                # The line to be written is read a tick ahead. The head is fetched for until its last page was looked at.
+                m.d.comb += [stores.eq(self.ask.ready), self.working.eq(self.ask.ready), self.stall.eq(_QUEUE)]
+                with m.If(self.ask.ready):
+                    count(m, (w, row_lines), (h, group))
+                    m.next = "STORE"
             with m.State("STORE"):
                 last_line = taken == group * row_lines - 1
                 m.d.comb += [
