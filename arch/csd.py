@@ -860,7 +860,9 @@ def energy(spec: CsdSpec) -> tuple[EnergyRow, ...]:
         row("DRAM: vectors", "vector_lines", line, "energy.dram_pj_per_bit"),
         row("DRAM: group buffer", "group_lines", line, "energy.dram_pj_per_bit"),
         row("background", "ticks", e.idle_w * 10**12 * spec.tick.period_s, "energy.idle_w"),
-        EnergyRow("GPUs", "busy:gpu", gpus_w * 10**12 * spec.tick.period_s, "host.gpu, host.gpus: power.peak_w"),
+        EnergyRow(
+            "GPUs", "busy:gpu", gpus_w * 10**12 * spec.tick.period_s, "host.gpu, host.gpus: power.peak_w"
+        ),
     )
 
 

@@ -25,7 +25,10 @@ _INVERSE, _TAU, _COVERAGE, _FACTORS = range(4)
 assert tuple(arch.scalar_programs(1, 1)) == ("inverse", "tau", "coverage", "factors")
 _PASSES = 18  # of the argtopk unit
 assert arch.argtopk_ticks(1, 1) == 2 * _PASSES
-_LANE_TICKS, _HALVES = 2, 3  # of a scalar step; from a memory's address to what the vector unit makes of its word
+_LANE_TICKS, _HALVES = (
+    2,
+    3,
+)  # of a scalar step; from a memory's address to what the vector unit makes of its word
 assert arch.LANE_TICKS == _LANE_TICKS
 _BY_CHANNELS = 1
 assert arch.FORMS.index("channels") == _BY_CHANNELS
@@ -50,8 +53,8 @@ _DUE, _LINES, _ESTIMATES, _NEEDED, _FITS, _BASE, _HALF, _LATER, _MIXED, _ESTIMAT
 _OF_TOKENS, _OF_VALUES, _SPANS_DONE, _SPANS_ASKED, _KEYS_WANTED, _KEYS_ASKED, _VALUES_ASKED = range(31, 38)
 _WAITS_FROM, _CAME, _LAST = 38, 39, 41
 assert csd_state.KERNEL_COLUMNS >= _LAST + 2
-_BEGIN, _LOAD, _LOADED, _TURNS, _RANK, _WAIT, _WORK, _WEIGH, _FACTOR, _SUMS, _JOIN, _FIRST_LINE, _STORE = range(
-    13
+_BEGIN, _LOAD, _LOADED, _TURNS, _RANK, _WAIT, _WORK, _WEIGH, _FACTOR, _SUMS, _JOIN, _FIRST_LINE, _STORE = (
+    range(13)
 )
 
 
@@ -109,7 +112,11 @@ def _asks(d, kernel):
 @njit(**INNER)
 def _limits(kernel):
     """Rows that there is room for: a batch while the other half is worked on, or two."""
-    if kernel[_ESTIMATING] == 1 or kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and kernel[_VALUES_ASKED] == 0):
+    if (
+        kernel[_ESTIMATING] == 1
+        or kernel[_MIXED] == 1
+        or (kernel[_LATER] == 1 and kernel[_VALUES_ASKED] == 0)
+    ):
         kernel[_LIMIT] = _UNLIMITED
     elif kernel[_VALUES_ASKED] == 1 and kernel[_LATER] == 0:
         kernel[_LIMIT] = kernel[_FITS]

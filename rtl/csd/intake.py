@@ -103,7 +103,9 @@ class Intake(wiring.Component):
             half.eq(Mux(self.estimating, line.turn, self.half ^ (beyond | ~mine))),
             column.eq(self.estimating & self.by_tokens.bit_select(line.turn, 1)),
             self.word.eq(line.word),
-            row.eq(Mux(column, self.prefix, Mux(self.estimating, line.row, offset - Mux(beyond, self.rows, 0)))),
+            row.eq(
+                Mux(column, self.prefix, Mux(self.estimating, line.row, offset - Mux(beyond, self.rows, 0)))
+            ),
             within.eq(Mux(column, line.row >> place, line.word)),
             operands.stride.eq(Mux(self.estimating, self.span_lines, self.row_lines)),
             operands.write.eq(self.valid),

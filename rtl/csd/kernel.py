@@ -160,7 +160,17 @@ class AttentionKernel(wiring.Component):
         mask_data, prefix_data = look(channel_masks, w_data), look(prefixes, w_data)
         loads, ranks, measures, packs, covers, works, weighs, joins, stores = (
             Signal(name=name)
-            for name in ("loads", "ranks", "measures", "packs", "covers", "works", "weighs", "joins", "stores")
+            for name in (
+                "loads",
+                "ranks",
+                "measures",
+                "packs",
+                "covers",
+                "works",
+                "weighs",
+                "joins",
+                "stores",
+            )
         )
 
         # ---- batches ----
@@ -240,7 +250,10 @@ class AttentionKernel(wiring.Component):
             # All rows may be there before the last page is looked at, which is read where pages are not filtered.
             self.limit.eq(
                 Mux(
-                    estimating | mixed | (later & ~values_asked) | (limit > max(p.max_tokens, p.max_channels)),
+                    estimating
+                    | mixed
+                    | (later & ~values_asked)
+                    | (limit > max(p.max_tokens, p.max_channels)),
                     (1 << len(self.limit)) - 1,
                     limit,
                 )
@@ -318,9 +331,7 @@ class AttentionKernel(wiring.Component):
             self.products.eq(gemv.valid),
         ]
         behind = _DATA + p.gemv_latency
-        result_head, result_target = (
-            delay(m, s, behind, name=f"result_{s.name}") for s in (h, target)
-        )
+        result_head, result_target = (delay(m, s, behind, name=f"result_{s.name}") for s in (h, target))
         result_opens = delay(m, opens, behind, name="result_opens")
         result_values = delay(m, values, behind, name="result_values")
         result = Signal()
@@ -351,9 +362,7 @@ class AttentionKernel(wiring.Component):
             softmax.top.eq(top[h_data]),
             softmax.scale.eq(Mux(estimating, tau[h_data], c.scale)),
             self.exponentials.eq(softmax.valid),
-            weights.write_enable.eq(
-                softmax.weight_valid & (softmax.weight_last | (filled == lanes - 1))
-            ),
+            weights.write_enable.eq(softmax.weight_valid & (softmax.weight_last | (filled == lanes - 1))),
             weights.write_address.eq(weight_count[place:] | h << max(0, token_bits - place)),
             weights.write_data.eq(
                 Cat(
@@ -426,9 +435,7 @@ class AttentionKernel(wiring.Component):
         write_channels, write_tokens = channel_masks.write_port(), token_masks.write_port()
         write_prefix = prefixes.write_port()
         m.d.comb += [
-            self.topk_write.eq(
-                delay(m, ranks & (h == group - 1), _HALVES, name="ranks", reset_less=False)
-            ),
+            self.topk_write.eq(delay(m, ranks & (h == group - 1), _HALVES, name="ranks", reset_less=False)),
             self.topk_address.eq(delay(m, ranked_word, _HALVES, name="ranked_word")),
             self.topk_keys.eq(Mux(group == 1, plain, vector.halves)),
             self.topk_n.eq(Mux(of_tokens, head.tokens, c.d)),
@@ -470,7 +477,11 @@ class AttentionKernel(wiring.Component):
         # ---- scalars ----
         some = Signal(FP32.width)
         some_ends = delay(
-            m, measures & ~part & (w == row_lines - 1), _DATA + p.reduce_latency, name="some", reset_less=False
+            m,
+            measures & ~part & (w == row_lines - 1),
+            _DATA + p.reduce_latency,
+            name="some",
+            reset_less=False,
         )
         with m.If(some_ends):
             m.d.sync += some.eq(vector.sum)
@@ -674,7 +685,11 @@ class AttentionKernel(wiring.Component):
             settle("JOINED", _HALVES, "FIRST")
             with m.State("FIRST"):
                 # The line to be written is read a tick ahead. The head is fetched for until its last page was looked at.
-                m.d.comb += [stores.eq(self.ask.ready), self.working.eq(self.ask.ready), self.stall.eq(_QUEUE)]
+                m.d.comb += [
+                    stores.eq(self.ask.ready),
+                    self.working.eq(self.ask.ready),
+                    self.stall.eq(_QUEUE),
+                ]
                 with m.If(self.ask.ready):
                     count(m, (w, row_lines), (h, group))
                     m.next = "STORE"

@@ -44,7 +44,12 @@ def run(script, ticks, grant=None):
                     action(ctx, unit)
             request = ctx.get(unit.request)
             ctx.set(unit.grant, int(request != 0 and (grant is None or grant(tick, request))))
-            seen.append({name: ctx.get(getattr(unit, name)) for name in ("ready", "working", "request", "grant", "releases", "bus")})
+            seen.append(
+                {
+                    name: ctx.get(getattr(unit, name))
+                    for name in ("ready", "working", "request", "grant", "releases", "bus")
+                }
+            )
             if ctx.get(unit.valid):
                 line = ctx.get(unit.line)
                 lines.append((tick, ctx.get(unit.port), line.row, line.word, line.data))
@@ -94,7 +99,11 @@ def test_rows_of_a_page_by_hand():
     writes, data = fill(where, 1, 0)
     lines, seen = run([*writes, (16, push(READ, where, port=1, mask=0b1010, row_lines=4, rank=5))], 80)
     assert [s["request"] for s in seen].index(2) == 60
-    want = [(62 + 4 * i + w, 1, 5 + i, w, pack(data[row * 4 + w])) for i, row in enumerate((1, 3)) for w in range(4)]
+    want = [
+        (62 + 4 * i + w, 1, 5 + i, w, pack(data[row * 4 + w]))
+        for i, row in enumerate((1, 3))
+        for w in range(4)
+    ]
     assert lines == want
     assert [t for t, s in enumerate(seen) if s["releases"]] == [68]
     assert [t for t, s in enumerate(seen) if s["working"]] == list(range(17, 69))
@@ -147,5 +156,7 @@ def test_a_port_goes_round():
 @pytest.mark.parametrize("requests", [0b01, 0b10])
 def test_a_free_port_is_granted_at_once(requests):
     unit = PortSwitch(sources=2)
-    seen = play(unit, 3, lambda t, _: {"requests": requests if t else 0, "releases": 0, "clear": 0}, ["grant"])
+    seen = play(
+        unit, 3, lambda t, _: {"requests": requests if t else 0, "releases": 0, "clear": 0}, ["grant"]
+    )
     assert [s["grant"] for s in seen] == [0, requests, 0]

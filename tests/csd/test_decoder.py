@@ -27,7 +27,10 @@ def run(text, ticks, inputs=None):
         for tick in range(ticks):
             for name, value in (inputs or {}).get(tick, {}).items():
                 ctx.set(getattr(unit, name), value)
-            ctx.set(unit.code_data, unit.code_data.shape().from_bits(words[address] if address < len(words) else 0))
+            ctx.set(
+                unit.code_data,
+                unit.code_data.shape().from_bits(words[address] if address < len(words) else 0),
+            )
             if not ctx.get(unit.run):
                 assert tick == len(seen)
                 return
@@ -87,7 +90,12 @@ def test_a_command_comes_after_those_of_its_own_kind_if_it_says_so():
     # not the decoder's.
     inputs = {1: {"busy": READ}, 4: {"busy": 0}}
     assert [s[1] for s in run("ATTEND\nATTEND after=3", 4, inputs)] == ["busy", "busy", "drain", "drain"]
-    assert [s[1] for s in run("ATTEND\nATTEND after=4", 9, inputs)] == ["busy", *["order"] * 3, "busy", "busy"]
+    assert [s[1] for s in run("ATTEND\nATTEND after=4", 9, inputs)] == [
+        "busy",
+        *["order"] * 3,
+        "busy",
+        "busy",
+    ]
 
 
 def test_causes_are_charged_in_their_order():

@@ -41,7 +41,7 @@ def cut(mask, rows, skip=True, pick=True, stalls=0, hungry=0):
                 state["word"] += 1
             if ctx.get(unit.o.valid) and ctx.get(unit.o.ready):
                 p = ctx.get(unit.o.payload)
-                assert p.count == bin(p.mask).count("1")
+                assert p.count == p.mask.bit_count()
                 pages.append((p.page, p.mask, p.rank))
             skipped += ctx.get(unit.skipped)
             if tick and not ctx.get(unit.busy):
@@ -98,7 +98,7 @@ def test_selected_rows_follow_without_gaps(row_lines):
     masks = [0b101101, 0b000001, 0b110000]
     unit = EntryFilter(lines=24, rows=6)
     starts = {0: masks[0]}
-    sizes = [bin(mask).count("1") * row_lines for mask in masks]
+    sizes = [mask.bit_count() * row_lines for mask in masks]
     starts[sizes[0]] = masks[1]  # the tick of the last line
     starts[sizes[0] + sizes[1]] = masks[2]
     total = sum(sizes)

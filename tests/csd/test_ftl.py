@@ -85,7 +85,11 @@ def test_tables_give_back_what_was_assigned():
     p = spec.params()
     unit = PageTables(params=p, black_box=False)
     rng = np.random.default_rng(1)
-    entries = [(int(rng.integers(p.slots)), int(rng.integers(1 << p.table_bits)), form) for form in (0, 1) for _ in range(6)]
+    entries = [
+        (int(rng.integers(p.slots)), int(rng.integers(1 << p.table_bits)), form)
+        for form in (0, 1)
+        for _ in range(6)
+    ]
     entries = list(dict.fromkeys(entries))
     addresses = [{name: int(rng.integers(2)) for name in NAMES} for _ in entries]
 

@@ -52,7 +52,9 @@ def table(seed, rows, elements):
     return np.random.default_rng(seed).integers(0, 1 << 16, (rows, elements))
 
 
-@pytest.mark.parametrize("lanes, rows, words, stride", [(2, 4, 3, 3), (4, 8, 2, 2), (4, 4, 2, 5), (8, 8, 1, 1)])
+@pytest.mark.parametrize(
+    "lanes, rows, words, stride", [(2, 4, 3, 3), (4, 8, 2, 2), (4, 4, 2, 5), (8, 8, 1, 1)]
+)
 def test_rows_come_back_as_rows_and_columns(lanes, rows, words, stride):
     array = table(lanes, rows, words * lanes)
     writes = rows_in(array, stride, lanes)

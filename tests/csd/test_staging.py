@@ -19,7 +19,12 @@ def at(port, **fields):
 def run(script):
     """Outputs of each tick for inputs by tick."""
     unit = GroupBuffer(params=P, black_box=False)
-    return play(unit, len(script) + 1, lambda t, _: QUIET | (script[t] if t < len(script) else {}), ["read_data", "sum_data"])
+    return play(
+        unit,
+        len(script) + 1,
+        lambda t, _: QUIET | (script[t] if t < len(script) else {}),
+        ["read_data", "sum_data"],
+    )
 
 
 def test_lines_come_back_from_where_they_were_put():
@@ -29,7 +34,9 @@ def test_lines_come_back_from_where_they_were_put():
         for s in range(P.slots) for o in (0, 1) for v in (0, 1) for line in (0, 5, P.page_lines - 1)
     ]  # fmt: skip
     data = rng.integers(0, 1 << 16, (len(places), P.lanes))
-    script = [{"write": 1, "write_data": pack(d), **at("write_at", **w)} for d, w in zip(data, places, strict=True)]
+    script = [
+        {"write": 1, "write_data": pack(d), **at("write_at", **w)} for d, w in zip(data, places, strict=True)
+    ]
     script += [{"read": 1, **at("read_at", **w)} for w in places]
     seen = run(script)[len(places) + 1 :]
     assert [unpack(s["read_data"], P.lanes) for s in seen] == data.tolist()

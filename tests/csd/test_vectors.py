@@ -16,7 +16,9 @@ def test_a_unit_is_given_back_before_it_is_given_anew():
     seen = play(
         Turns(users=2),
         8,
-        lambda t, _: {"releases": releases.get(t, 0), "clear": 0} | ({"wants": wants[t]} if t in wants else {}),
+        lambda t, _: (
+            {"releases": releases.get(t, 0), "clear": 0} | ({"wants": wants[t]} if t in wants else {})
+        ),
         ["has"],
     )
     assert [s["has"] for s in seen] == [0, 1, 1, 1, 2, 2, 2, 2]
