@@ -9,6 +9,7 @@ The rules are those of `sim.flash`, without suspension, for operations that come
   lines leave in g + 1 .. g + n, and are at the port a tick later. The next page may be granted at g + n, by the same
   controller or the same port. Ports go round: the controller after the last one comes first.
 - What is done in a tick makes room from the next one on.
+- The group buffer is one more source of pages with rows, behind the last channel: a queue of `flash_queue` pages.
 
 A channel is asked at each tick in which its bus ends, a program or an erase ends, or an idle bus may have work. Array
 ends of reads in between are looked at late, in the order in which they were: nobody sees them while the bus is busy.
@@ -50,20 +51,21 @@ _IDLE, _BUSY, _HOLD = range(3)
 
 
 class Channels(NamedTuple):
-    """All that changes. c counts channels, u units (of all channels), q operations of a channel, n ports."""
+    """All that changes. c counts channels, s sources (channels and the group buffer), u units (of all channels), q
+    operations of a channel, n ports."""
 
-    ops: Array  # [c * q, 13]
-    free: Array  # [c, q] operations that are not in use
+    ops: Array  # [s * q, 13]
+    free: Array  # [s, q] operations that are not in use
     waiting: Array  # [u * 3, q] operations by unit and kind, oldest first
     counts: Array  # [u * 3]
     units: Array  # [u, 5]
     groups: Array  # [u, planes] operations of the unit's command
-    channels: Array  # [c, 23]
+    channels: Array  # [s, 23]
     out: Array  # [c, q] ring: pages that wait for the bus
-    rows: Array  # [c, q] ring: pages that were read
-    since: Array  # [c, q] when each was
+    rows: Array  # [s, q] ring: pages that were read
+    since: Array  # [s, q] when each was
     next: Array  # [c] tick of the channel's next event
-    look: Array  # [c] tick of the next event of its rows
+    look: Array  # [s] tick of the next event of its rows
     ports: Array  # [n, 2] tick from which the port is free; the channel whose turn it is
     asking: Array  # [n] channels that ask for it
     stripe: Array  # [planes of a channel] by page of a log: unit, and key without page
@@ -83,19 +85,28 @@ def new_channels(
         return np.zeros(shape, np.int64)
 
     c, u = f.channels, f.channels * f.units
+    n = c + 1
     s = Channels(
-        ops=zeros(c * q, _OP_COLUMNS), free=zeros(c, q), waiting=zeros(u * 3, q), counts=zeros(u * 3),
-        units=zeros(u, 5), groups=zeros(u, f.planes), channels=zeros(c, _CHANNEL_COLUMNS), out=zeros(c, q),
-        rows=zeros(c, q), since=zeros(c, q), next=np.full(c, NEVER), look=np.full(c, NEVER), ports=zeros(ports, 2),
+        ops=zeros(n * q, _OP_COLUMNS), free=zeros(n, q), waiting=zeros(u * 3, q), counts=zeros(u * 3),
+        units=zeros(u, 5), groups=zeros(u, f.planes), channels=zeros(n, _CHANNEL_COLUMNS), out=zeros(c, q),
+        rows=zeros(n, q), since=zeros(n, q), next=np.full(c, NEVER), look=np.full(n, NEVER), ports=zeros(ports, 2),
         asking=zeros(ports), stripe=_stripe(p), totals=zeros(3), activity=activity, unit=np.array([first_unit, *causes], np.int64),
     )  # fmt: skip
-    s.free[:] = np.arange(c * q).reshape(c, q)
+    s.free[:] = np.arange(n * q).reshape(n, q)
     s.channels[:, _FREE_COUNT] = q
     s.channels[:, _BUS] = _NONE
     s.channels[:, [_RELEASE, _DONE_AT, _REQUEST, _LAST_TAG]] = _NONE
     s.channels[:, _ARRAY_END] = NEVER
     s.channels[:, _CHARGE], s.channels[:, _CHARGE_TAG] = causes[2], len(activity) - 1
     return s
+
+
+def grown_channels(s: Channels, activity: Array) -> Channels:
+    """The controllers with a larger `activity`, whose last row has moved."""
+    before, after = len(s.activity) - 1, len(activity) - 1
+    own = s.channels[:, [_CHARGE_TAG]]
+    s.channels[:, [_CHARGE_TAG]] = np.where(own == before, after, own)
+    return s._replace(activity=activity)
 
 
 def _stripe(p: CsdParams) -> Array:
@@ -124,9 +135,14 @@ def held(s, c, now):
 
 
 @njit(**INNER)
-def room_from(s, c):
-    """The tick after the one in which the rows on their way end: then there is room for one more."""
-    return s.channels[c, _RELEASE] + 1 if s.channels[c, _RELEASE] >= 0 else _NEVER
+def room_at(s, c, q, now):
+    """The first tick after `now` in which a controller of `q` operations has room, as far as is known at the end of
+    `now`: what ends unforeseen is an event."""
+    row = s.channels[c]
+    left = row[_HELD] - (0 <= row[_RELEASE] <= now)
+    if left < q:
+        return now + 1
+    return row[_RELEASE] + 1 if row[_RELEASE] > now else _NEVER
 
 
 @njit(**INNER)
@@ -431,6 +447,37 @@ def push(p, s, c, kind, number, port, lines, batch, tag, now):
 # ---- rows ---------------------------------------------------------------------------------------------
 
 
+@njit(**INNER)
+def staged(s):
+    """Pages that the group buffer's queue holds."""
+    return s.channels[s.channels.shape[0] - 1, _ROWS_COUNT]
+
+
+@njit(**INNER)
+def stage(s, port, lines, batch, tag, now):
+    """Give the group buffer a page of which `lines` lines go to `port`, at the end of tick `now`. It must have room."""
+    c = s.channels.shape[0] - 1
+    row = s.channels[c]
+    row[_FREE_COUNT] -= 1
+    op = s.free[c, row[_FREE_COUNT]]
+    o = s.ops[op]
+    o[_PORT], o[_LINES], o[_BATCH], o[_TAG] = port, lines, batch, tag
+    slots = s.rows.shape[1]
+    slot = row[_ROWS_FIRST] + row[_ROWS_COUNT]
+    slot -= slots if slot >= slots else 0
+    s.rows[c, slot], s.since[c, slot] = op, now
+    row[_ROWS_COUNT] += 1
+    if row[_ROWS_COUNT] == 1:
+        _look(s, c, now + 1)
+
+
+@njit(**INNER)
+def forwarded(s, op):
+    """Lines of the operation that was granted a port last, its batch and its tag."""
+    o = s.ops[op]
+    return o[_LINES], o[_BATCH], o[_TAG]
+
+
 @njit(**CALLED)
 def step_rows(p, s, c, now):
     """In tick `now`, the one of `s.look`: the oldest page asks for its port, or is dropped."""
@@ -493,5 +540,5 @@ def grant(p, s, port, now):
 @njit(**CALLED)
 def finish_channels(s, now):
     """Account for all ticks before `now`."""
-    for c in range(s.channels.shape[0]):
+    for c in range(s.next.shape[0]):
         _account_channel(s, c, now)
