@@ -113,6 +113,7 @@ from tilewright.sim.csd_state import (
     K_HEAD,
     K_LIMIT,
     K_N,
+    K_IDLE_FROM,
     K_NEXT,
     K_PHASE,
     K_READ_LEFT,
@@ -432,7 +433,7 @@ def _begin_pass(p, d, k, now):
         masks += command[D] + first * ask[K_ROWS]
     row[F_MASK] = -1 if ask[K_ALL] > 0 else masks
     row[F_PLACE] = slot + position
-    ask[K_ASK], ask[K_ACCEPTED] = 0, now
+    ask[K_ASK], ask[K_ACCEPTED], ask[K_IDLE_FROM] = 0, now, _NEVER
     ask[K_NEXT] = min(ask[K_NEXT], now)
     _next_page(p, d, row, now + 1)
 
@@ -451,12 +452,13 @@ def _next_page(p, d, row, now):
         for i in range(row[F_MASK], row[F_MASK] + here):
             wanted += np.int64(d.masks[i])
     row[F_PASSES] = wanted > 0 or not p.page_filter
-    row[F_COUNT] = wanted if p.entry_filter else here
+    row[F_COUNT] = wanted
 
 
 @njit(**INNER)
-def _looked(p, d, row, now):
-    """The filter has looked at its page in tick `now`."""
+def _looked(p, d, k, now):
+    """Kernel k's filter has looked at its page in tick `now`."""
+    row = d.filters[k]
     here = row[F_HERE]
     row[F_LEFT] -= here
     row[F_LEVEL] -= here
@@ -469,6 +471,8 @@ def _looked(p, d, row, now):
         _next_page(p, d, row, now + 1)
     else:
         row[F_BUSY], row[F_FREE] = 0, now + 1
+        d.kernels[k, K_IDLE_FROM] = now + 1
+        d.kernels[k, K_NEXT] = min(d.kernels[k, K_NEXT], now + 1)
     d.one[FETCH_TAG] = row[F_TAG]
 
 
@@ -520,7 +524,7 @@ def _fetch(p, d, now):
                     count(d, row[F_TAG], CHANNEL_SKIPPED, 1)
                 elif row[F_PAGE] < row[F_STAGED]:
                     count(d, row[F_TAG], TOKEN_SKIPPED, 1)
-                _looked(p, d, row, now)
+                _looked(p, d, k, now)
             elif staging < 0 and room and row[F_PAGE] >= row[F_STAGED] and _fits(d, k):
                 staging = k
         k = k + 1 if k + 1 < kernels else 0
@@ -541,7 +545,7 @@ def _fetch(p, d, now):
         row = d.filters[staging]
         one[STAGING_TURN] = staging + 1 if staging + 1 < kernels else 0
         stage(f, staging, row[F_COUNT] * row[F_ROW_LINES], row[F_RANK] << 1 | row[F_TURN], row[F_TAG], now)
-        _looked(p, d, row, now)
+        _looked(p, d, staging, now)
     if granted >= 0:
         one[LOOKUP_TURN] = granted + 1 if granted < kernels else 0
     if granted == kernels:
@@ -560,7 +564,7 @@ def _fetch(p, d, now):
             now,
         )
         count(d, row[F_TAG], CHANNEL_PAGES if row[F_FORM] == CHANNELS_FORM else TOKEN_PAGES, 1)
-        _looked(p, d, row, now)
+        _looked(p, d, granted, now)
 
     for k in range(kernels):
         row = d.filters[k]

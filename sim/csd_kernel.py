@@ -30,6 +30,8 @@ _LANE_TICKS, _HALVES = (
     3,
 )  # of a scalar step; from a memory's address to what the vector unit makes of its word
 assert arch.LANE_TICKS == _LANE_TICKS
+_TOPK_RELEASE = 27
+assert csd_state.TOPK_RELEASE == _TOPK_RELEASE
 _BY_CHANNELS = 1
 assert arch.FORMS.index("channels") == _BY_CHANNELS
 
@@ -37,14 +39,13 @@ assert arch.FORMS.index("channels") == _BY_CHANNELS
 _TOKENS, _SPANS, _TAG, _ATTENTION, _D, _GROUP, _R, _K = 3, 4, 13, 14, 15, 16, 17, 18
 _MEAN, _PAGE_TOKENS, _PAGE_CHANNELS, _SPAN = 20, 21, 22, 23
 assert [
-    *(csd_state.F_TOKENS, csd_state.F_SPANS, csd_state.F_TAG, csd_state.F_ATTENTION, csd_state.F_D),
-    *(csd_state.F_GROUP, csd_state.F_R, csd_state.F_K, csd_state.F_MEAN, csd_state.F_PAGE_TOKENS),
-    *(csd_state.F_PAGE_CHANNELS, csd_state.F_SPAN),
+    *(csd_state.TOKENS, csd_state.SPANS, csd_state.TAG, csd_state.ATTENTION, csd_state.D, csd_state.GROUP),
+    *(csd_state.R, csd_state.K, csd_state.MEAN, csd_state.PAGE_TOKENS, csd_state.PAGE_CHANNELS, csd_state.SPAN),
 ] == [_TOKENS, _SPANS, _TAG, _ATTENTION, _D, _GROUP, _R, _K, _MEAN, _PAGE_TOKENS, _PAGE_CHANNELS, _SPAN]
 
 # What the drive knows of a kernel, then its own.
 _IS_BUSY, _COMMAND, _HEAD, _NEXT, _PHASE, _READ_LEFT, _WRITE_LEFT, _SUM_LEFT, _TOPK_WANTS, _ASK = range(10)
-_FORM, _VALUES, _TURN, _ALL, _FIRST, _N, _ROWS, _ROW_LINES, _LIMIT, _ACCEPTED, _IDLE_FROM = range(10, 21)
+_FORM, _VALUES, _TURN, _ALL, _FIRST, _N, _ROWS, _ROW_LINES, _ACCEPTED, _LIMIT, _IDLE_FROM = range(10, 21)
 assert csd_state.K_ASK == _ASK and csd_state.K_IDLE_FROM == _IDLE_FROM and csd_state.K_OWN == _IDLE_FROM + 1
 # DUE: tick in which the phase ends. Of the head: lines of a row, whether it estimates, tokens that are needed, rows of a
 # half. Of batches: first row, half, whether lines that come are values, and in which phase the kernel is of estimate, keys,
@@ -183,7 +184,7 @@ def _rank(p, d, k, first):
     charge(d, _TOPK, _BUSY, tag, start + 1)
     charge(d, _TOPK, _IDLE, d.activity.shape[0] - 1, last + 1)
     count(d, tag, _COMPARED, _PASSES * words)
-    d.one[csd_state.TOPK_RELEASE] = last
+    d.one[_TOPK_RELEASE] = last
     kernel[_PHASE], kernel[_DUE] = _RANK, last
 
 
@@ -327,7 +328,7 @@ def step(p, d, k, now):
     kernel = d.kernels[k]
     phase = kernel[_PHASE]
     # What ends with the drive's word.
-    if phase == _BEGIN and kernel[_DUE] == _NEVER:
+    if phase == _BEGIN:
         kernel[_DUE] = now
     elif (
         (phase == _LOAD and kernel[_READ_LEFT] == 0)

@@ -89,9 +89,10 @@ LOG_FIRST, LOG_END, LOG_HEADS = range(3)
     K_ROW_LINES,
     K_ACCEPTED,  # in this tick
     K_LIMIT,  # rows of the pass for which there is room
-) = range(20)
-K_OWN = 20  # columns from here on are the kernel's own
-KERNEL_COLUMNS = K_OWN + 24
+    K_IDLE_FROM,  # all pages of its passes were looked at before this tick
+) = range(21)
+K_OWN = 21  # columns from here on are the kernel's own
+KERNEL_COLUMNS = K_OWN + 22
 
 # Columns of Drive.filters: a page filter of each kernel, and the pass that it works on.
 (
@@ -186,7 +187,7 @@ class Drive(NamedTuple):
     masks: Array  # uint8: of the heads of each ATTEND that estimates, channels and then tokens
     log: Array  # [n + 1, 3]
     flash: Channels
-    kernels: Array  # [k, 44]
+    kernels: Array  # [k, 43]
     filters: Array  # [k, 20]
     shares: Array  # [3, 5]
     wants: Array  # [3, k] whether the kernel is known to want the port
