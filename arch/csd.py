@@ -652,12 +652,13 @@ def argtopk_ticks(n: int, lanes: int) -> int:
 def channel_of(slot: Any, position: Any, channels: int) -> Any:
     """The flash channel of a slot's page by its position in the table, for a power of two of channels.
 
-    Successive positions lie on successive channels, and slots begin on different ones.
+    Slots begin on different channels. Even positions, as keys have them, go over all channels one by one, and so do odd
+    ones, half of the channels apart.
 
-    >>> [channel_of(5, position, 4) for position in range(5)]
-    [1, 2, 3, 0, 1]
+    >>> [channel_of(5, position, 4) for position in range(8)]
+    [1, 3, 2, 0, 3, 1, 0, 2]
     """
-    return (slot + position) % channels
+    return (slot + (position >> 1) + (position & 1) * (channels >> 1)) % channels
 
 
 def log_address(f: FlashParams, order: str, position: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.arch.csd import ATTENTIONS, FORMS, OP, CsdParams, groups, staged_groups
+from tilewright.arch.csd import ATTENTIONS, FORMS, OP, CsdParams, channel_of, groups, staged_groups
 
 __all__ = ["PLACE", "Decisions", "PageTables", "Places", "Selection"]
 
@@ -135,7 +135,7 @@ class PageTables:
     def _entries(self, slot: int, heads: int, positions: Array) -> tuple[Array, Array]:
         """Table entries [heads, *positions] and their channels."""
         slots = (slot + np.arange(heads)).reshape(-1, *[1] * positions.ndim)
-        return (slots << self._p.table_bits) + positions, (slots + positions) % self._p.flash.channels
+        return (slots << self._p.table_bits) + positions, channel_of(slots, positions, self._p.flash.channels)
 
     def _find(self, form: int, slot: int, heads: int, positions: Array) -> Places:
         entries, channel = self._entries(slot, heads, positions)

@@ -72,11 +72,12 @@ from tilewright.sim.csd_state import (
     F_NUMBERS,
     F_PAGE,
     F_PASSES,
-    F_PLACE,
+    F_POSITION,
     F_RANK,
     F_READY,
     F_ROW_LINES,
     F_ROWS,
+    F_SLOT,
     F_STAGED,
     F_STEP,
     F_TAG,
@@ -196,6 +197,7 @@ from tilewright.sim.csd_state import (
     WRITE_PORT,
     WRITER,
     D,
+    channel_of,
     charge,
     count,
     rest,
@@ -432,7 +434,7 @@ def _begin_pass(p, d, k, now):
         row[F_STAGED] = flash - first
         masks += command[D] + first * ask[K_ROWS]
     row[F_MASK] = -1 if ask[K_ALL] > 0 else masks
-    row[F_PLACE] = slot + position
+    row[F_SLOT], row[F_POSITION] = slot, position
     ask[K_ASK], ask[K_ACCEPTED], ask[K_IDLE_FROM] = 0, now, _NEVER
     ask[K_NEXT] = min(ask[K_NEXT], now)
     _next_page(p, d, row, now + 1)
@@ -555,7 +557,7 @@ def _fetch(p, d, now):
         page = row[F_STEP] * row[F_PAGE]
         _looks_up(
             d,
-            (row[F_PLACE] + page) % channels,
+            channel_of(row[F_SLOT], row[F_POSITION] + page, channels),
             np.int64(d.pages[row[F_NUMBERS] + page]),
             granted,
             row[F_COUNT] * row[F_ROW_LINES],
@@ -744,7 +746,7 @@ def _mover_pushes(p, d, now):
             position = 2 * (command[FIRST] // command[PAGE_TOKENS] + one[MOVER_ITEM]) + one[MOVER_STAGE] - 1
         else:
             position += command[FIRST] * (command[D] // command[PAGE_CHANNELS])
-        c = (command[SLOT] + one[MOVER_HEAD] + position) % channels
+        c = channel_of(command[SLOT] + one[MOVER_HEAD], position, channels)
     taken = one[PUSHED_AT] == now and one[PUSHED] == c
     if taken or held(d.flash, c, now) >= p.flash_queue:
         charge(d, WRITER, QUEUE, tag, now)
@@ -784,7 +786,7 @@ def _mover_looks_up(p, d, now):
         lines = command[PAGE_TOKENS] * (command[D] // p.lanes)
         groups = command[SPAN] // command[PAGE_TOKENS]
         position = 2 * (position * groups + groups - one[MOVER_LOOKUPS])
-    c = (command[SLOT] + one[MOVER_HEAD] + position) % d.flash.next.shape[0]
+    c = channel_of(command[SLOT] + one[MOVER_HEAD], position, d.flash.next.shape[0])
     _looks_up(d, c, np.int64(d.pages[one[MOVER_READ]]), d.kernels.shape[0], lines, 0, tag, now)
     count(d, tag, OTHER_PAGES, 1)
     one[MOVER_READ] += 1

@@ -112,12 +112,13 @@ KERNEL_COLUMNS = K_OWN + 22
     F_ROWS,
     F_ROW_LINES,
     F_STAGED,  # the first page in the group buffer
-    F_PLACE,  # the channel of page 0, all channels being passed by over and over,
-    F_NUMBERS,  # where its number is in `pages`,
+    F_SLOT,
+    F_POSITION,  # of page 0 in the table
+    F_NUMBERS,  # and where its number is in `pages`,
     F_STEP,  # and the step to the next page in both
     F_TAG,
-) = range(20)
-FILTER_COLUMNS = 20
+) = range(21)
+FILTER_COLUMNS = 21
 
 # Columns of Drive.shares: ports that kernels share, a line a tick: of the vectors to read and to write, and of the sums.
 READ_PORT, WRITE_PORT, SUM_PORT = range(3)
@@ -212,6 +213,12 @@ def charge(d, unit, cause, tag, now):
 def rest(d, unit, now):
     """From `now` on a unit has nothing to do."""
     charge(d, unit, IDLE, d.activity.shape[0] - 1, now)
+
+
+@njit(**INNER)
+def channel_of(slot, position, channels):
+    """`arch.csd.channel_of`."""
+    return (slot + (position >> 1) + (position & 1) * (channels >> 1)) & (channels - 1)
 
 
 @njit(**INNER)

@@ -72,7 +72,8 @@ class PageTables(wiring.Component):
         )
 
         def channel(entry):
-            return (entry.slot + entry.position)[: channels.bit_length() - 1] if channels > 1 else 0
+            half = Mux(entry.position[0], channels >> 1, 0)
+            return (entry.slot + (entry.position >> 1) + half)[: channels.bit_length() - 1] if channels > 1 else 0
 
         with m.If(self.lookup):
             m.d.sync += self.channel.eq(channel(self.entry))
