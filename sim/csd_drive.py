@@ -111,7 +111,13 @@ from tilewright.sim.csd_state import (
     K_COMMAND,
     K_FIRST,
     K_FORM,
+    K_ASK_COMMAND,
+    K_ASK_HEAD,
+    K_FOLLOWS,
     K_HEAD,
+    K_NEXT_COMMAND,
+    K_NEXT_HEAD,
+    K_TAKES,
     K_LIMIT,
     K_N,
     K_IDLE_FROM,
@@ -370,6 +376,14 @@ def _start_system(p, d, i, now):
 
 
 @njit(**INNER)
+def _takes(d, k, now):
+    """Whether kernel k takes a head in tick `now`."""
+    row = d.kernels[k]
+    ahead = row[K_TAKES] > 0 and row[K_FOLLOWS] == 0 and row[K_IDLE_FROM] <= now
+    return row[K_BUSY] == 0 or ahead
+
+
+@njit(**INNER)
 def _hand_over(p, d, now):
     """The next head of an ATTEND goes to a kernel that is at rest."""
     one = d.one
@@ -386,17 +400,21 @@ def _hand_over(p, d, now):
     kernels = d.kernels.shape[0]
     k = one[HAND_TURN]
     for _ in range(kernels):
-        if d.kernels[k, K_BUSY] == 0:
+        if _takes(d, k, now):
             break
         k = k + 1 if k + 1 < kernels else 0
     row = d.kernels[k]
-    if row[K_BUSY] > 0:
+    if not _takes(d, k, now):
         return
     one[HAND_TURN] = k + 1 if k + 1 < kernels else 0
     head = one[HAND_HEAD]
     if head == 0:
         d.log[i, LOG_FIRST], d.log[i, LOG_HEADS] = now, command[HEADS]
-    row[K_BUSY], row[K_COMMAND], row[K_HEAD], row[K_NEXT], row[K_PHASE] = 1, i, head, now + 1, 0
+    if row[K_BUSY] == 0:
+        row[K_BUSY], row[K_COMMAND], row[K_HEAD], row[K_NEXT], row[K_PHASE] = 1, i, head, now + 1, 0
+    else:
+        row[K_FOLLOWS], row[K_NEXT_COMMAND], row[K_NEXT_HEAD] = 1, i, head
+        row[K_NEXT] = min(row[K_NEXT], now)
     one[WORKING] += 1
     one[FETCH_TAG] = one[ATTEND_TAG] = command[TAG]
     if head + 1 == command[HEADS]:
@@ -414,8 +432,8 @@ def _hand_over(p, d, now):
 def _begin_pass(p, d, k, now):
     """Kernel k's filter takes what the kernel asks for in tick `now`."""
     row, ask = d.filters[k], d.kernels[k]
-    command = d.code[ask[K_COMMAND]]
-    head, first = ask[K_HEAD], ask[K_FIRST]
+    command = d.code[ask[K_ASK_COMMAND]]
+    head, first = ask[K_ASK_HEAD], ask[K_FIRST]
     slot = command[SLOT] + head
     row[F_BUSY], row[F_FORM], row[F_TURN], row[F_TAG] = 1, ask[K_FORM], ask[K_TURN], command[TAG]
     row[F_ROWS], row[F_ROW_LINES] = ask[K_ROWS], ask[K_ROW_LINES]
@@ -475,6 +493,7 @@ def _looked(p, d, k, now):
         row[F_BUSY], row[F_FREE] = 0, now + 1
         d.kernels[k, K_IDLE_FROM] = now + 1
         d.kernels[k, K_NEXT] = min(d.kernels[k, K_NEXT], now + 1)
+        d.one[HAND_NEXT] = min(d.one[HAND_NEXT], now + 1)
     d.one[FETCH_TAG] = row[F_TAG]
 
 
@@ -937,6 +956,8 @@ def _kernel(p, d, k, now):
     """A kernel's own step at the end of tick `now`, and what it asks the drive for from the next one on."""
     one, row = d.one, d.kernels[k]
     csd_kernel.step(p, d, k, now)
+    if row[K_TAKES] > 0:
+        one[HAND_NEXT] = min(one[HAND_NEXT], now + 1)
     for port in range(3):
         if row[K_READ_LEFT + port] > 0 and d.wants[port, k] == 0:
             _share(d, port, now + 1)

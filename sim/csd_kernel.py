@@ -46,13 +46,14 @@ assert [
 # What the drive knows of a kernel, then its own.
 _IS_BUSY, _COMMAND, _HEAD, _NEXT, _PHASE, _READ_LEFT, _WRITE_LEFT, _SUM_LEFT, _TOPK_WANTS, _ASK = range(10)
 _FORM, _VALUES, _TURN, _ALL, _FIRST, _N, _ROWS, _ROW_LINES, _ACCEPTED, _LIMIT, _IDLE_FROM = range(10, 21)
-assert csd_state.K_ASK == _ASK and csd_state.K_IDLE_FROM == _IDLE_FROM and csd_state.K_OWN == _IDLE_FROM + 1
+_TAKES, _FOLLOWS, _NEXT_COMMAND, _NEXT_HEAD, _ASK_COMMAND, _ASK_HEAD = range(21, 27)
+assert csd_state.K_ASK == _ASK and csd_state.K_IDLE_FROM == _IDLE_FROM and csd_state.K_OWN == _ASK_HEAD + 1
 # DUE: tick in which the phase ends. Of the head: lines of a row, whether it estimates, tokens that are needed, rows of a
 # half. Of batches: first row, half, whether lines that come are values, and in which phase the kernel is of estimate, keys,
 # values; spans worked on and asked for; WAITS_FROM the first tick of a wait. Of each half: lines that came, tick of the last one.
-_DUE, _LINES, _ESTIMATES, _NEEDED, _FITS, _BASE, _HALF, _LATER, _MIXED, _ESTIMATING = range(21, 31)
-_OF_TOKENS, _OF_VALUES, _SPANS_DONE, _SPANS_ASKED, _KEYS_WANTED, _KEYS_ASKED, _VALUES_ASKED = range(31, 38)
-_WAITS_FROM, _CAME, _LAST = 38, 39, 41
+_DUE, _LINES, _ESTIMATES, _NEEDED, _FITS, _HALF, _KEYS_ASKED, _BASE, _LATER, _MIXED = range(27, 37)
+_ESTIMATING, _OF_TOKENS, _OF_VALUES, _SPANS_DONE, _SPANS_ASKED, _KEYS_WANTED, _VALUES_ASKED = range(37, 44)
+_FOLLOWING_ASKED, _WAITS_FROM, _CAME, _LAST = 44, 45, 46, 48
 assert csd_state.KERNEL_COLUMNS >= _LAST + 2
 _BEGIN, _LOAD, _LOADED, _TURNS, _RANK, _WAIT, _WORK, _WEIGH, _FACTOR, _SUMS, _JOIN, _FIRST_LINE, _STORE = (
     range(13)
@@ -80,10 +81,17 @@ def _rows(d, kernel):
 
 
 @njit(**INNER)
+def _estimates(command):
+    """Whether tokens are selected."""
+    return command[_ATTENTION] == 1 and command[_K] < command[_TOKENS]
+
+
+@njit(**INNER)
 def _asks(d, kernel):
     """Ask for the next pass, if it may be asked for."""
     if kernel[_ASK] == 1:
         return
+    kernel[_ASK_COMMAND], kernel[_ASK_HEAD] = kernel[_COMMAND], kernel[_HEAD]
     command = d.code[kernel[_COMMAND]]
     span, asked = command[_SPAN], kernel[_SPANS_ASKED]
     kernel[_FIRST] = kernel[_VALUES] = kernel[_TURN] = kernel[_FORM] = 0
@@ -101,6 +109,13 @@ def _asks(d, kernel):
         else:
             kernel[_ALL], kernel[_FIRST] = 1, asked * (span // command[_PAGE_TOKENS])
             kernel[_N] = min(left, span)
+    elif kernel[_FOLLOWS] == 1:
+        # Keys of the following head, if it has no estimate.
+        command = d.code[kernel[_NEXT_COMMAND]]
+        if kernel[_FOLLOWING_ASKED] == 1 or _estimates(command):
+            return
+        kernel[_ASK_COMMAND], kernel[_ASK_HEAD] = kernel[_NEXT_COMMAND], kernel[_NEXT_HEAD]
+        kernel[_N], kernel[_ALL] = command[_TOKENS], 1
     elif kernel[_KEYS_WANTED] == 0:
         if kernel[_KEYS_ASKED] == 0 or kernel[_VALUES_ASKED] == 1:
             return
@@ -113,11 +128,9 @@ def _asks(d, kernel):
 @njit(**INNER)
 def _limits(kernel):
     """Rows that there is room for: a batch while the other half is worked on, or two."""
-    if (
-        kernel[_ESTIMATING] == 1
-        or kernel[_MIXED] == 1
-        or (kernel[_LATER] == 1 and kernel[_VALUES_ASKED] == 0)
-    ):
+    if kernel[_FOLLOWING_ASKED] == 1:
+        kernel[_LIMIT] = kernel[_FITS] * (1 + kernel[_MIXED])
+    elif kernel[_ESTIMATING] == 1 or kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and kernel[_VALUES_ASKED] == 0):
         kernel[_LIMIT] = _UNLIMITED
     elif kernel[_VALUES_ASKED] == 1 and kernel[_LATER] == 0:
         kernel[_LIMIT] = kernel[_FITS]
@@ -220,7 +233,7 @@ def _worked(p, d, k, now):
     if estimating:
         kernel[_SPANS_DONE] += 1
     elif final:
-        kernel[_BASE], kernel[_LATER], kernel[_MIXED] = 0, 1, kernel[_OF_VALUES]
+        kernel[_BASE], kernel[_LATER], kernel[_MIXED] = 0, 1 - kernel[_OF_VALUES], kernel[_OF_VALUES]
     _limits(kernel)
     _asks(d, kernel)
     if not final:
@@ -255,22 +268,30 @@ def _join(d, k, first):
 
 
 @njit(**INNER)
-def _begin(p, d, k, now):
-    """The tick after a head was taken."""
-    kernel = d.kernels[k]
+def _prepare(p, d, kernel):
+    """What follows from the head's command."""
     command = d.code[kernel[_COMMAND]]
     kernel[_LINES] = command[_D] // p.lanes
     kernel[_FITS] = p.buffer_lines // kernel[_LINES] // p.lanes * p.lanes
-    estimates = command[_ATTENTION] == 1 and command[_K] < command[_TOKENS]
+    estimates = _estimates(command)
     kernel[_ESTIMATES] = 1 if estimates else 0
     kernel[_NEEDED] = command[_K] if estimates else command[_TOKENS]
-    for column in range(_BASE, _WAITS_FROM):
-        kernel[column] = 0
-    kernel[_KEYS_WANTED] = 1 - kernel[_ESTIMATES]
+
+
+@njit(**INNER)
+def _begin(p, d, k, now):
+    """The tick after a head was taken, or the one before was done."""
+    kernel = d.kernels[k]
+    command = d.code[kernel[_COMMAND]]
+    _prepare(p, d, kernel)
+    if kernel[_ESTIMATES] == 1:
+        kernel[_HALF] = 0
+    elif kernel[_KEYS_ASKED] == 0:
+        kernel[_KEYS_WANTED] = 1
     charge(d, _KERNEL + k, _BUSY, command[_TAG], now)
     kernel[_READ_LEFT] = command[_GROUP] * kernel[_LINES]
     kernel[_PHASE], kernel[_DUE] = _LOAD, _NEVER
-    if not estimates:
+    if kernel[_ESTIMATES] == 0:
         _limits(kernel)
         _asks(d, kernel)
 
@@ -309,7 +330,7 @@ def _advance(p, d, k, now):
         _join(d, k, now + 1)
     elif phase == _FIRST_LINE:
         # Not before the last page was looked at.
-        if kernel[_IDLE_FROM] > now:
+        if kernel[_IDLE_FROM] > now and kernel[_FOLLOWS] == 0:
             charge(d, _KERNEL + k, _QUEUE, tag, now)
             kernel[_DUE] = _NEVER
         else:
@@ -317,9 +338,21 @@ def _advance(p, d, k, now):
             kernel[_WRITE_LEFT] = command[_GROUP] * kernel[_LINES]
             kernel[_PHASE], kernel[_DUE] = _STORE, _NEVER
     elif phase == _STORE:
-        kernel[_IS_BUSY], kernel[_DUE] = 0, _NEVER
-        charge(d, _KERNEL + k, _IDLE, d.activity.shape[0] - 1, now + 1)
         head_done(d, k, now)
+        kernel[_KEYS_ASKED] = kernel[_FOLLOWING_ASKED]
+        for column in range(_BASE, _WAITS_FROM):
+            kernel[column] = 0
+        if kernel[_FOLLOWS] == 1:
+            kernel[_COMMAND], kernel[_HEAD] = kernel[_NEXT_COMMAND], kernel[_NEXT_HEAD]
+            kernel[_FOLLOWS] = 0
+            kernel[_PHASE], kernel[_DUE] = _BEGIN, now + 1
+            _prepare(p, d, kernel)
+            kernel[_KEYS_WANTED] = 1 - max(kernel[_ESTIMATES], kernel[_KEYS_ASKED])
+            _limits(kernel)
+            _asks(d, kernel)
+        else:
+            kernel[_IS_BUSY], kernel[_DUE] = 0, _NEVER
+            charge(d, _KERNEL + k, _IDLE, d.activity.shape[0] - 1, now + 1)
 
 
 @njit(**CALLED)
@@ -338,17 +371,26 @@ def step(p, d, k, now):
         or (phase == _FIRST_LINE and kernel[_DUE] == _NEVER and kernel[_IDLE_FROM] <= now)
     ):
         kernel[_DUE] = now
-    if kernel[_ACCEPTED] == now and kernel[_IS_BUSY] == 1 and phase != _BEGIN:
+    if kernel[_ACCEPTED] == now:
         if kernel[_ESTIMATING] == 1:
             kernel[_SPANS_ASKED] += 1
         elif kernel[_KEYS_WANTED] == 1:
             kernel[_KEYS_WANTED], kernel[_KEYS_ASKED] = 0, 1
+        elif kernel[_FOLLOWS] == 1:
+            kernel[_FOLLOWING_ASKED] = 1
         else:
             kernel[_VALUES_ASKED] = 1
         _limits(kernel)
         _asks(d, kernel)
     if kernel[_DUE] == now:
         _advance(p, d, k, now)
+    if kernel[_FOLLOWS] == 1:
+        _asks(d, kernel)
+    # The next head may be taken while the last batch of values is worked on.
+    kernel[_TAKES] = 0
+    if kernel[_VALUES_ASKED] == 1 and kernel[_ESTIMATES] == 0 and kernel[_PHASE] != _STORE:
+        if kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and _rows(d, kernel)[1]):
+            kernel[_TAKES] = 1
     kernel[_NEXT] = kernel[_DUE]
 
 

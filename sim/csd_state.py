@@ -90,9 +90,15 @@ LOG_FIRST, LOG_END, LOG_HEADS = range(3)
     K_ACCEPTED,  # in this tick
     K_LIMIT,  # rows of the pass for which there is room
     K_IDLE_FROM,  # all pages of its passes were looked at before this tick
-) = range(21)
-K_OWN = 21  # columns from here on are the kernel's own
-KERNEL_COLUMNS = K_OWN + 22
+    K_TAKES,  # it takes the next head while it works on one, when its filter is idle
+    K_FOLLOWS,  # it has a following head, with what follows
+    K_NEXT_COMMAND,
+    K_NEXT_HEAD,
+    K_ASK_COMMAND,  # the command and the head that the pass is for
+    K_ASK_HEAD,
+) = range(27)
+K_OWN = 27  # columns from here on are the kernel's own
+KERNEL_COLUMNS = K_OWN + 23
 
 # Columns of Drive.filters: a page filter of each kernel, and the pass that it works on.
 (
@@ -188,7 +194,7 @@ class Drive(NamedTuple):
     masks: Array  # uint8: of the heads of each ATTEND that estimates, channels and then tokens
     log: Array  # [n + 1, 3]
     flash: Channels
-    kernels: Array  # [k, 43]
+    kernels: Array  # [k, 50]
     filters: Array  # [k, 20]
     shares: Array  # [3, 5]
     wants: Array  # [3, k] whether the kernel is known to want the port

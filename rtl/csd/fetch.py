@@ -172,8 +172,7 @@ class Fetch(wiring.Component):
     number         In                        which command it is
     pop            Out 1                     its last head is handed over
     heads          Out stream(head) a kernel valid for one tick at most, only to a kernel that is ready
-    numbers        Out a kernel              the command of its head
-    firsts         Out 32 a kernel           the first tick of that command
+    begun          Out 32                    the first tick of the command of a head that is handed over
     asks           In  stream(pass) a kernel
     words          In  stream(lanes) a kernel masks, entry 0 first
     limits         In  a kernel              rows of the pass for which there is room
@@ -209,8 +208,7 @@ class Fetch(wiring.Component):
                 "number": In(number),
                 "pop": Out(1),
                 "heads": Out(stream.Signature(head_layout(p))).array(k),
-                "numbers": Out(number).array(k),
-                "firsts": Out(TICK_BITS).array(k),
+                "begun": Out(TICK_BITS),
                 "asks": In(stream.Signature(pass_layout(p))).array(k),
                 "words": In(stream.Signature(p.lanes)).array(k),
                 "limits": In(bits_for(max(p.max_tokens, p.max_channels)) + 1).array(k),
@@ -290,14 +288,14 @@ class Fetch(wiring.Component):
         p, command = self._params, self.command
         m.submodules.heads_turn = turn = RoundRobin(count=p.kernels)
         head, first, offset = Signal(10), Signal(TICK_BITS), Signal(bits_for(p.vector_lines - 1))
-        handed, last, begun = Signal(), Signal(), Signal(TICK_BITS)
+        handed, last = Signal(), Signal()
         m.d.comb += [
             turn.requests.eq(Cat(port.ready for port in self.heads)),
             turn.ready.eq(self.valid),
             handed.eq(self.valid & turn.valid),
             last.eq(head == command.heads - 1),
             self.pop.eq(handed & last),
-            begun.eq(Mux(head == 0, self.tick, first)),
+            self.begun.eq(Mux(head == 0, self.tick, first)),
         ]
         for k, port in enumerate(self.heads):
             m.d.comb += [
@@ -309,12 +307,10 @@ class Fetch(wiring.Component):
                 port.payload.line.eq(command.line + offset),
                 port.payload.line2.eq(command.line2 + offset),
             ]
-            with m.If(port.valid):
-                m.d.sync += [self.numbers[k].eq(self.number), self.firsts[k].eq(begun)]
         row_lines = self.configuration.d >> (p.lanes.bit_length() - 1)
         with m.If(handed):
             m.d.sync += [
-                first.eq(begun),
+                first.eq(self.begun),
                 head.eq(Mux(last, 0, head + 1)),
                 offset.eq(Mux(last, 0, offset + self.configuration.group * row_lines)),
             ]

@@ -90,7 +90,8 @@ class AttentionKernel(wiring.Component):
         heads = p.max_group
 
         # ---- the head ----
-        head = Signal(self.head.payload.shape())
+        head, following = (Signal(self.head.payload.shape(), name=name) for name in ("now", "following"))
+        follows = Signal()  # there is a following head
         estimates, mean, estimating = Signal(), Signal(), Signal()
         row_lines, span_lines = Signal(bits_for(p.max_channels // lanes)), Signal(bits_for(p.buffer_lines))
         chosen, needed = Signal(bits_for(p.max_channels)), Signal(TOKEN_BITS)
@@ -210,20 +211,30 @@ class AttentionKernel(wiring.Component):
 
         # ---- what is asked for ----
         by_channels, of_values = Signal(), Signal()
-        keys_wanted, keys_asked, values_asked = Signal(), Signal(), Signal()
+        keys_wanted, keys_asked, values_asked, following_asked = Signal(), Signal(), Signal(), Signal()
         asked_base, asked_group = Signal(TOKEN_BITS), Signal(TOKEN_BITS)
         mask_word, masks_channels = Signal(token_bits), Signal()
         ask, accepted, limit = self.ask.payload, Signal(), Signal(TOKEN_BITS + 1)
         left = Signal(TOKEN_BITS)
+        # Keys of the following head, if it has no estimate, come while the last batch of values is worked on.
+        takes, ahead = Signal(), Signal()
         m.d.comb += [
+            takes.eq(
+                self.busy & ~estimates & values_asked & (mixed | (later & final)) & ~follows & self.ask.ready
+                & ~self.vector_write
+            ),
+            ahead.eq(
+                follows & ~following_asked
+                & ~((c.attention == ATTENTIONS.index("sparf")) & (c.k < following.tokens))
+            ),
             by_channels.eq(estimating & (asked_spans < head.spans)),
-            of_values.eq(~estimating & keys_asked),
+            of_values.eq(~estimating & keys_asked & ~follows),
             left.eq(head.tokens - asked_base),
             self.ask.valid.eq(
                 Mux(
                     estimating,
                     (asked_base < head.tokens) & (asked_spans - spans_done != 2),
-                    keys_wanted | (keys_asked & ~values_asked & (later | final)),
+                    keys_wanted | (keys_asked & ~values_asked & (later | final)) | ahead,
                 )
             ),
             accepted.eq(self.ask.valid & self.ask.ready),
@@ -236,7 +247,11 @@ class AttentionKernel(wiring.Component):
                 Mux(
                     by_channels,
                     c.d,
-                    Mux(estimating, Mux(left < c.span, left, c.span), head.tokens),
+                    Mux(
+                        estimating,
+                        Mux(left < c.span, left, c.span),
+                        Mux(follows, following.tokens, head.tokens),
+                    ),
                 )
             ),
             ask.rows.eq(Mux(by_channels, c.page_channels, c.page_tokens)),
@@ -245,13 +260,19 @@ class AttentionKernel(wiring.Component):
             self.words.payload.eq(
                 Mux(masks_channels, look(channel_masks, mask_word), look(token_masks, mask_word))
             ),
-            # Values that come while keys are worked on have one half.
-            limit.eq(Mux(values_asked & ~later, intake.rows, base + 2 * intake.rows)),
+            # What comes while the pass before is worked on has one half.
+            limit.eq(
+                Mux(
+                    following_asked,
+                    Mux(mixed, 2 * intake.rows, intake.rows),
+                    Mux(values_asked & ~later, intake.rows, base + 2 * intake.rows),
+                )
+            ),
             # All rows may be there before the last page is looked at, which is read where pages are not filtered.
             self.limit.eq(
                 Mux(
                     estimating
-                    | mixed
+                    | (mixed & ~following_asked)
                     | (later & ~values_asked)
                     | (limit > max(p.max_tokens, p.max_channels)),
                     (1 << len(self.limit)) - 1,
@@ -271,6 +292,8 @@ class AttentionKernel(wiring.Component):
                 ]
             with m.Elif(keys_wanted):
                 m.d.sync += [keys_wanted.eq(0), keys_asked.eq(1)]
+            with m.Elif(follows):
+                m.d.sync += following_asked.eq(1)
             with m.Else():
                 m.d.sync += values_asked.eq(1)
 
@@ -531,6 +554,10 @@ class AttentionKernel(wiring.Component):
                 m.d.sync += values.eq(1)
                 m.next = "WAIT"
 
+        m.d.comb += self.head.ready.eq(takes)
+        with m.If(takes & self.head.valid):
+            m.d.sync += [following.eq(self.head.payload), follows.eq(1)]
+
         with m.FSM():
             with m.State("REST"):
                 m.d.comb += [self.head.ready.eq(1), self.working.eq(0)]
@@ -538,15 +565,12 @@ class AttentionKernel(wiring.Component):
                     m.d.sync += [
                         head.eq(self.head.payload),
                         self.busy.eq(1),
-                        *(
-                            s.eq(0)
-                            for s in (of_tokens, values, mixed, base, half, later, keys_asked, values_asked)
-                        ),
-                        *(s.eq(0) for s in (spans_done, asked_spans, asked_base, asked_group)),
                     ]
                     m.next = "BEGIN"
             with m.State("BEGIN"):
-                m.d.sync += [keys_wanted.eq(~estimates), taken.eq(0)]
+                m.d.sync += keys_wanted.eq(~estimates & ~keys_asked & ~accepted)
+                with m.If(estimates):
+                    m.d.sync += half.eq(0)
                 m.next = "LOAD"
             with m.State("LOAD"):
                 m.d.comb += [
@@ -628,7 +652,7 @@ class AttentionKernel(wiring.Component):
                     with m.If(final):
                         m.next = "WORKED"
                         with m.If(~estimating):
-                            m.d.sync += [base.eq(0), later.eq(1), mixed.eq(values)]
+                            m.d.sync += [base.eq(0), later.eq(~values), mixed.eq(values)]
             with m.State("WORKED"):
                 # Until the last result is in its memory.
                 over = rest == p.gemv_latency
@@ -684,13 +708,10 @@ class AttentionKernel(wiring.Component):
                     m.next = "JOINED"
             settle("JOINED", _HALVES, "FIRST")
             with m.State("FIRST"):
-                # The line to be written is read a tick ahead. The head is fetched for until its last page was looked at.
-                m.d.comb += [
-                    stores.eq(self.ask.ready),
-                    self.working.eq(self.ask.ready),
-                    self.stall.eq(_QUEUE),
-                ]
-                with m.If(self.ask.ready):
+                # The line to be written is read a tick ahead. A head is fetched for until its last page was looked at.
+                over = self.ask.ready | follows
+                m.d.comb += [stores.eq(over), self.working.eq(over), self.stall.eq(_QUEUE)]
+                with m.If(over):
                     count(m, (w, row_lines), (h, group))
                     m.next = "STORE"
             with m.State("STORE"):
@@ -706,8 +727,18 @@ class AttentionKernel(wiring.Component):
                     m.d.sync += taken.eq(taken + 1)
                     count(m, (w, row_lines), (h, group))
                 with m.If(self.done):
-                    m.d.sync += [self.busy.eq(0), w.eq(0), h.eq(0)]
+                    m.d.sync += [
+                        self.busy.eq(follows),
+                        head.eq(following),
+                        keys_asked.eq(following_asked | (follows & accepted)),
+                        keys_wanted.eq(ahead & ~accepted),
+                        *(s.eq(0) for s in (follows, following_asked, values_asked, later, values, mixed)),
+                        *(s.eq(0) for s in (spans_done, asked_spans, asked_base, asked_group, base)),
+                        *(s.eq(0) for s in (w, h, taken, of_tokens)),
+                    ]
                     m.next = "REST"
+                    with m.If(follows):
+                        m.next = "BEGIN"
 
         m.d.sync += [
             Assert(~(scalars.start & (scalars.program == PROGRAMS.index("inverse"))) | softmax.total_valid),

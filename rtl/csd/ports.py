@@ -20,9 +20,9 @@ def kernel_members(p: CsdParams) -> dict:
     configuration      In  layout             what the last CONFIG set
     span_groups        In                     token-indexed groups of a span
     span_groups        In                     token-indexed groups of a span
-    head               In  stream(head)       taken in a tick in which it is `ready`, that is at rest
+    head               In  stream(head)       taken in a tick in which it is `ready`: at rest, or one ahead
     busy               Out 1                  a head is under way: from the tick after it was taken to that of `done`
-    done               Out 1                  its last tick
+    done               Out 1                  the last tick of a head
     ask                Out stream(pass)       what is to be fetched next, as `fetch.Fetch` has it
     words              Out stream(lanes)      words of its mask
     limit              Out                    rows of the pass for which there is room

@@ -192,6 +192,19 @@ class Top(wiring.Component):
             decoder.busy[_READS].eq(reads.valid | any_of([kernel.busy for kernel in kernels])),
             decoder.busy[_WRITES].eq(writes.valid),
         ]
+        # Of the heads that a kernel has: the one that it works on, and the one that follows.
+        of_heads = data.StructLayout({"number": len(decoder.number), "first": TICK_BITS})
+        attended = []
+        for k, kernel in enumerate(kernels):
+            numbers = StreamFifo(shape=of_heads, depth=2, always_ready=True)
+            m.submodules[f"numbers_{k}"] = ResetInserter(clear)(numbers)
+            m.d.comb += [
+                numbers.i.valid.eq(fetch.heads[k].valid),
+                numbers.i.payload.number.eq(fetch.number),
+                numbers.i.payload.first.eq(fetch.begun),
+                numbers.o.ready.eq(kernel.done),
+            ]
+            attended.append((kernel.done, numbers.o.payload.number, numbers.o.payload.first, decoder.tick))
         first = Signal(TICK_BITS)
         with m.If(writer.loads):
             m.d.sync += first.eq(decoder.tick)
@@ -201,10 +214,7 @@ class Top(wiring.Component):
         return [
             (configures, decoder.number, decoder.tick, decoder.tick),
             (writer.pop, now.number, first, decoder.tick),
-            *(
-                (kernel.done, fetch.numbers[k], fetch.firsts[k], decoder.tick)
-                for k, kernel in enumerate(kernels)
-            ),
+            *attended,
         ]
 
     def _log(self, m, port, ends):

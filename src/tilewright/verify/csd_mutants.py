@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "rtl: a kernel writes while pages are still looked at",
-        partial(_kernel, "with m.If(self.ask.ready):", "with m.If(1):"),
+        partial(_kernel, "over = self.ask.ready | follows", "over = Const(1)"),
         _UNFILTERED,
         24,
     ),
