@@ -927,7 +927,8 @@ def check(p: CsdParams, code: np.ndarray, where: str = "") -> None:
         (sparf & (f["spans"] * channel_groups > entries), f"spans reach beyond the {entries} entries of a slot"),
         (writes & (f["tokens"] < 1), "tokens must be at least 1"),
         (writes & (2 * last_group > entries), f"first, tokens reach beyond the {entries} entries of a slot"),
-        ((shapes | is_["TRANSPOSE"]) & ((f["first"] + 1) * channel_groups > entries),
+        (((shapes | is_["TRANSPOSE"]) & ((f["first"] + 1) * channel_groups > entries))
+         | (is_["TRANSPOSE"] & (2 * (f["first"] + 1) * (span // rows) > entries)),
          f"first reaches beyond the {entries} entries of a slot"),
         (is_["TRANSPOSE"] & (span * d > halves),
          f"span * d must be at most {halves}, the elements of half an operand buffer"),

@@ -6,6 +6,7 @@ by block: a CONFIG waits until the drive is at rest, so that nothing but GPU and
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,20 +159,14 @@ class _Block:
         )
 
 
-class _named:
+@contextmanager
+def _named(segment: int, index: int, record: Any) -> Iterator[None]:
     """Says which command a ValueError is about."""
-
-    def __init__(self, segment: int, index: int, record: Any) -> None:
-        self._where = segment, index, record
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            segment, index, record = self._where
-            name = arch.OPS[int(record["op"])].name
-            raise ValueError(f"segment {segment}, command {index} ({name}): {error}") from None
+    try:
+        yield
+    except ValueError as error:
+        name = arch.OPS[int(record["op"])].name
+        raise ValueError(f"segment {segment}, command {index} ({name}): {error}") from None
 
 
 def _fill(p: CsdParams, tables: PageTables, segment: int, code: Array) -> None:

@@ -181,9 +181,7 @@ S_AT, S_TURN, S_NEXT, S_CLOSED, S_OPEN = range(5)
     STUCK,  # the drive would wait for ever
 ) = range(46)
 SCALARS = 46
-WAKES = (
-    *(HAND_NEXT, MOVER_NEXT, FETCH_NEXT, FLASH_NEXT, GRANT_NEXT, TOPK_NEXT, LOOKED_FROM),
-)
+WAKES = (*(HAND_NEXT, MOVER_NEXT, FETCH_NEXT, FLASH_NEXT, GRANT_NEXT, TOPK_NEXT, LOOKED_FROM),)
 
 
 class Drive(NamedTuple):

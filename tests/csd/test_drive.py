@@ -1,0 +1,249 @@
+"""The drive in time against the RTL, GPU and link by hand, and what `simulate` promises."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.csd.units import small_spec
+from tilewright.arch import csd as arch
+from tilewright.arch.csd_pages import PageTables, Selection
+from tilewright.rtl.cosim.cases import Case
+from tilewright.rtl.csd import run as bench
+from tilewright.sim.csd import simulate
+from tilewright.verify.engine import one_by_one
+from tilewright.workloads.csd import blank_image
+
+P = small_spec().params()
+# What the drive's registers hold; its structure is the same.
+TIMINGS = (
+    {},
+    {"flash__interface__mb_per_s": 128000, "flash__cells__read_lsb_us": 0.003},
+    {"flash__interface__mb_per_s": 2000, "flash__cells__program_lsb_us": 0.4},
+)
+CONFIG = "CONFIG d=8 page_tokens=8 page_channels=2 span=16 tag=config\n"
+
+
+@cache
+def simulator():
+    return bench.build_rtl(small_spec())
+
+
+def of_both(p, texts, selections=()):
+    """Timelines of RTL and model, every command with a tag of its own."""
+    decisions = {"selections": selections} if selections else None
+    programs = [one_by_one(arch.ISA.assemble(text)) for text in texts]
+    outcomes = bench.run_cases(simulator(), [Case(p, program, blank_image(p)) for program in programs])
+    for program, outcome in zip(programs, outcomes, strict=True):
+        assert outcome.error is None, outcome.error
+        yield outcome.timeline, simulate(p, program, decisions=decisions)
+
+
+def assert_equal(rtl, model):
+    assert model.ticks == rtl.ticks
+    assert {name: model.counter(name) for name in arch.COUNTERS} == rtl.totals()
+    assert {unit: model.unit(unit) for unit in rtl.units} == {unit: rtl.unit(unit) for unit in rtl.units}
+    assert model.spans.tolist() == rtl.spans.tolist()
+
+
+def span(timeline, tag):
+    (row,) = timeline.spans[timeline.spans["tag"] == timeline.tags.index(tag)]
+    return int(row["first"]), int(row["end"])
+
+
+# ---- against the RTL ----------------------------------------------------------------------------------
+
+
+@st.composite
+def programs(draw):
+    """Text of commands without attention that the tables allow."""
+    d = draw(st.sampled_from([4, 8, 16]))
+    tokens = draw(st.sampled_from([t for t in (1, 2, 4, 8) if t * d <= 64]))
+    channels, span = draw(st.sampled_from([(1, 8), (2, 16), (4, 16), (2, 24)]))
+    head = f"CONFIG d={d} page_tokens={tokens} page_channels={channels} span={span}"
+    lines = [head]
+    tables, config = PageTables(P), arch.ISA.assemble(head).flat()[0]
+    for _ in range(draw(st.integers(1, 14))):
+        slot = draw(st.integers(0, 3))
+        where = f"slot={slot} heads={draw(st.integers(1, min(2, 4 - slot)))}"
+        first, n = draw(st.integers(0, 9)), draw(st.integers(1, 12))
+        line = draw(
+            st.sampled_from(
+                [
+                    f"WRITE {where} first={first} tokens={n}",
+                    f"WRITE {where} tokens={8 * n // d * 2 + 8}",
+                    f"WRITE form=channels {where} first={first // 5}",
+                    f"TRANSPOSE {where} first={first // 9}",
+                    f"READ {where} first={first} count={min(n, 3)}",
+                    f"READ form=channels {where} first={first // 5} count={min(n, 2)}",
+                    "RECLAIM count=1",
+                    head,
+                ]
+            )
+        )
+        if line != head:
+            line += f" after={draw(st.sampled_from([0, 0, 0, 4]))} not_before={draw(st.sampled_from([0, 0, 300]))}"
+        record = arch.ISA.assemble(line).flat()[0]
+        try:
+            arch.check(P, np.array([config, record]))
+            tables.command(config, record)
+        except ValueError:
+            continue
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@pytest.mark.cosim
+@settings(deadline=None, max_examples=12)
+@given(st.lists(programs(), min_size=3, max_size=3), st.sampled_from(TIMINGS))
+def test_programs_without_attention_are_those_of_the_rtl(texts, timing):
+    for rtl, model in of_both(small_spec(**timing).params(), texts):
+        assert_equal(rtl, model)
+
+
+@pytest.mark.cosim
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_heads_share_the_drive_as_in_the_rtl(timing):
+    """Both kernels at work, ATTENDs that overlap, a READ beside them, and a queue that is full."""
+    fill = f"WRITE slot=0 heads=4 tokens=32 line=0 line2=0\nWRITE slot=0 heads=4 first=32 tokens=9\n{CONFIG}"
+    spans = "TRANSPOSE slot=0 heads=4\nTRANSPOSE slot=0 heads=4 first=1\n"
+    sparse = CONFIG.replace("CONFIG", "CONFIG attention=sparf r=2 k=5 local=2 mean=1")
+    attend = "ATTEND slot=0 heads=4 tokens=41 share=0x3cc7ce0c line=0 line2=200\n"
+    read = "READ slot=1 heads=2 count=3 line=100\n"
+    texts = [
+        CONFIG + fill + attend + attend + read + attend,
+        CONFIG + fill + spans + sparse + attend.replace("tokens", "spans=2 tokens") + read * 4,
+    ]
+    # Numbers are all zero: every selection takes the first ones.
+    channels, tokens = np.arange(8) < 2, (np.arange(41) < 3) | (np.arange(41) >= 39)
+    p = small_spec(**timing).params()
+    ((rtl, model),) = of_both(p, texts[:1])
+    assert_equal(rtl, model)
+    ((rtl, model),) = of_both(p, texts[1:], [Selection(np.tile(channels, (4, 1)), np.tile(tokens, (4, 1)))])
+    assert_equal(rtl, model)
+    assert model.counter("channel_pages") > 0
+
+
+# ---- GPU and link -------------------------------------------------------------------------------------
+
+# 2 operations, or 4 bytes, a tick; the path to host memory takes 3 ticks and moves 2 bytes in one.
+SYSTEM = P._replace(
+    gpu_ops_p=2, gpu_ops_q=1, gpu_bytes_p=4, gpu_bytes_q=1, gpu_launch=5,
+    path_p=np.array([1, 2, 1, 1]), path_q=np.array([1, 1, 1, 1]), path_latency=np.array([0, 3, 0, 0]),
+)  # fmt: skip
+
+
+def system(text, **options):
+    return simulate(SYSTEM, arch.ISA.assemble(text), **options)
+
+
+def test_a_gpu_command_by_hand():
+    # Handed over in tick 0: from 1 on 5 ticks of launch and max(21 / 2, 4 / 4), rounded up: to 17, in which it ends.
+    timeline = system("GPU operations=21 bytes=4 tag=a")
+    assert (span(timeline, "a"), timeline.ticks) == ((1, 17), 18)
+    assert timeline.unit("gpu")["busy"] == 16
+    assert timeline.unit("decoder") == dict.fromkeys(("busy", *arch.CAUSES), 0) | {"busy": 2, "drain": 16}
+    assert (timeline.counter("gpu_ops"), timeline.counter("gpu_bytes")) == (21, 4)
+    assert span(system("GPU operations=2 bytes=41 tag=a"), "a") == (1, 1 + 5 + 11)
+
+
+def test_commands_queue_and_waits_belong_to_what_is_waited_for():
+    timeline = system(
+        "GPU operations=20 tag=a\nGPU operations=2 tag=b\nLINK path=host bytes=5 after=1 tag=c\nGPU after=3 tag=d"
+    )
+    # a in 1 to 16; b is handed over in 1, and goes from 16 to 22, the tick of the link; that takes 23 to 23 + 3 + 3.
+    assert [span(timeline, t) for t in "abc"] == [(1, 16), (16, 22), (23, 29)]
+    assert (span(timeline, "d"), timeline.ticks) == ((30, 35), 36)
+    order, drain = 1 + arch.CAUSES.index("order"), 1 + arch.CAUSES.index("drain")
+    decoder = timeline.activity[:, timeline.units.index("decoder")]
+    # From 2 on for a, from 16 on for b, from 23 to 28 for c; after 29, to the end of d.
+    assert decoder[:, order].tolist() == [14, 6, 6, 0, 0]
+    assert decoder[:, drain].tolist() == [0, 0, 0, 5, 0]
+    assert timeline.unit("link") == dict.fromkeys(("busy", *arch.CAUSES), 0) | {"busy": 6, "idle": 30}
+    assert timeline.counter("host_bytes") == 5
+
+
+def test_gpu_and_drive_work_side_by_side():
+    timeline = system(
+        CONFIG
+        + "GPU operations=200 tag=gpu\nWRITE tokens=1 tag=write\nLINK path=host bytes=2 after=4 tag=link\n"
+        "WRITE tokens=1 after=1 tag=last"
+    )
+    # WRITE: handed over in 2, 4 lines, 3 to 9; the link's LINK in 9, from 10; the second WRITE in 107, when the GPU has ended.
+    assert [span(timeline, t) for t in ("gpu", "write", "link")] == [(2, 107), (3, 9), (10, 14)]
+    assert (span(timeline, "last"), timeline.ticks) == ((108, 114), 115)
+    decoder = timeline.activity[:, timeline.units.index("decoder"), 1 + arch.CAUSES.index("order")]
+    tags = {name: int(decoder[timeline.tags.index(name)]) for name in ("gpu", "write", "link")}
+    assert tags == {"gpu": 107 - 10, "write": 9 - 4 + 1, "link": 0}
+
+
+@settings(deadline=None)
+@given(st.integers(0, (1 << 47) - 1), st.integers(1, 1 << 34), st.integers(1, 1 << 34))
+def test_amounts_are_exact(n, q, p):
+    large = SYSTEM._replace(gpu_ops_p=p, gpu_ops_q=q)
+    n = min(n, (1 << 61) * p // q)
+    timeline = simulate(large, arch.ISA.assemble(f"GPU operations={n} tag=a"))
+    assert timeline.unit("gpu")["busy"] == 5 + -(-n * q // p)
+
+
+# ---- programs -----------------------------------------------------------------------------------------
+
+
+def test_what_is_cached_takes_no_time():
+    cached = f".segment label={arch.CACHED}\n{CONFIG}WRITE slot=1 heads=1 tokens=16\n.segment label=run\n"
+    timeline = simulate(P, arch.ISA.assemble(f"{cached}{CONFIG}READ slot=1 heads=1 count=2 tag=read"))
+    # Loaded in 2. Looked up in 3, pushed in 4; command 2, array 30, page 10; there in 47, granted its port in 48, 16 lines
+    # from 50 on; so again for the second page, which is looked up in the tick after.
+    page = 1 + 1 + 42 + 1 + 2 + 16
+    assert span(timeline, "read") == (2, 3 + 2 * page + 1)
+    assert (timeline.counter("programs"), timeline.counter("other_pages")) == (0, 2)
+    assert list(timeline.labels) == [arch.CACHED, "run"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f".segment label=run\n{CONFIG}READ count=1", r"segment 0, command 1 \(READ\): page 0 of slot 0"),
+        (
+            f".segment label=run\n{CONFIG}RECLAIM count=1",
+            r"command 1 \(RECLAIM\): the log of channel 0 has 0 full",
+        ),
+        (f".segment label={arch.CACHED}\n{CONFIG}RECLAIM count=1", "must hold CONFIG and WRITE only"),
+        (
+            f".segment label=run\n{CONFIG}.segment label={arch.CACHED}\n{CONFIG}",
+            "segment 1: what is cached must come",
+        ),
+        (
+            f".segment label=run\n{CONFIG}READ slot=9 heads=1 count=1",
+            "segment 0, command 1 .READ.: slot, heads reach",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(P, arch.ISA.assemble(text))
+
+
+def test_decisions_must_be_those_of_the_program():
+    text = (
+        CONFIG.replace("CONFIG", "CONFIG attention=sparf k=3")
+        + "WRITE heads=1 tokens=9\nATTEND heads=1 tokens=9"
+    )
+    with pytest.raises(ValueError, match=r"command 2 \(ATTEND\): there are more ATTENDs than selections"):
+        simulate(P, arch.ISA.assemble(text), decisions={"selections": []})
+
+
+def test_segments_are_joined_tags_grow_and_commands_are_kept():
+    text = f"GPU operations=40 tag=a\n.segment repeat=3 label=again\n{CONFIG}WRITE tokens=8 tag=b\nGPU operations=90 tag=a"
+    program = arch.ISA.assemble(text)
+    program.segments[1].regions["code"]["tag"][1] = 7
+    seen = []
+    timeline = simulate(SYSTEM, program, progress=lambda done, of: seen.append((done, of)), steps=2, trace=5)
+    assert timeline.tags[-1] == "tag 7" and len(timeline.tags) == 8
+    again = timeline.spans[(timeline.spans["segment"] == 1) & (timeline.spans["tag"] == 7)]
+    assert again["count"].tolist() == [3] and again["ticks"][0] < again["end"][0] - again["first"][0]
+    assert timeline.log[["segment", "index"]].tolist() == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 0)]
+    assert seen[-1] == (2, 2) and timeline.counter("gpu_ops") == 40 + 3 * 90
+    assert timeline.unit("gpu")["busy"] == 5 + 20 + 3 * (5 + 45)
