@@ -195,13 +195,15 @@ class EngineSection(Section):
     """The attention engine of one drive.
 
     `lanes` are the multipliers of a GeMV unit; each kernel has one of them, one softmax unit and one scalar unit.
-    The argtopk unit compares as many keys in a tick. `buffer_lines`: an operand buffer's half, of which a kernel has two.
+    The argtopk unit compares as many keys in a tick. `batches`: parts of a kernel's operand buffer, a power of two; one is
+    worked on while the others fill. `buffer_lines`: lines of a part.
     `max_tokens`: what scores, weights and selections are held for.
     """
 
     clock_mhz: Positive
     kernels: Annotated[int, Limits(ge=1, le=2)]
     lanes: Annotated[int, Limits(ge=2, le=64)]
+    batches: Annotated[int, Limits(ge=2, le=16)]
     buffer_lines: Annotated[int, Limits(ge=2, le=1 << 20)]
     max_tokens: Annotated[int, Limits(ge=2, le=1 << 19)]
     max_channels: Annotated[int, Limits(ge=2, le=1 << 11)]
@@ -308,6 +310,7 @@ class CsdParams(NamedTuple):
 
     kernels: int
     lanes: int
+    batches: int
     buffer_lines: int
     max_tokens: int
     max_channels: int
@@ -359,8 +362,9 @@ class CsdSpec(Spec):
     @model_validator(mode="after")
     def _check(self) -> "CsdSpec":
         e, f = self.engine, self.flash
-        if e.lanes & (e.lanes - 1):
-            raise ValueError(f"engine.lanes must be a power of two, not {e.lanes}")
+        for name in ("lanes", "batches"):
+            if getattr(e, name) & (getattr(e, name) - 1):
+                raise ValueError(f"engine.{name} must be a power of two, not {getattr(e, name)}")
         for name in ("max_tokens", "max_channels"):
             if getattr(e, name) % e.lanes:
                 raise ValueError(
@@ -452,6 +456,7 @@ class CsdSpec(Spec):
         return CsdParams(
             kernels=e.kernels,
             lanes=e.lanes,
+            batches=e.batches,
             buffer_lines=e.buffer_lines,
             max_tokens=e.max_tokens,
             max_channels=e.max_channels,
@@ -704,7 +709,7 @@ def staged_groups(tokens: int, page_tokens: int) -> int:
 
 
 def buffered_rows(p: CsdParams, row_lines: int) -> int:
-    """Rows of `row_lines` lines that a half of the operand buffer takes, whole groups of `lanes`: a batch of keys or
+    """Rows of `row_lines` lines that a part of the operand buffer takes, whole groups of `lanes`: a batch of keys or
     values."""
     return p.buffer_lines // row_lines // p.lanes * p.lanes
 
@@ -886,7 +891,7 @@ def check(p: CsdParams, code: np.ndarray, where: str = "") -> None:
     op, of = f["op"], configurations(code)
     c = {name: np.where(of >= 0, f[name][np.maximum(of, 0)], 1) for name in CONFIGURATION}
     page = p.page_lines * p.lanes
-    entries, halves = 1 << p.table_bits, p.buffer_lines * p.lanes
+    entries, part = 1 << p.table_bits, p.buffer_lines * p.lanes
     is_ = {name: op == number for name, number in OP.items()}
     heads = is_["ATTEND"] | is_["WRITE"] | is_["TRANSPOSE"] | is_["READ"]
     attend, sparf = is_["ATTEND"], is_["ATTEND"] & (c["attention"] == ATTENTIONS.index("sparf"))
@@ -910,14 +915,14 @@ def check(p: CsdParams, code: np.ndarray, where: str = "") -> None:
          f"page_tokens * d must be in 1..{page}, the elements of a page"),
         (config & ((f["page_channels"] < 1) | (span < 1) | (f["page_channels"] * span > page)),
          f"page_channels * span must be in 1..{page}, the elements of a page"),
-        (config & (f["page_tokens"] > halves // np.maximum(d, 1) // p.lanes * p.lanes),
-         f"page_tokens must be at most the rows that half an operand buffer of {halves} elements takes, whole groups of "
+        (config & (f["page_tokens"] > part // np.maximum(d, 1) // p.lanes * p.lanes),
+         f"page_tokens must be at most the rows that a part of an operand buffer, {part} elements, takes, whole groups of "
          f"{p.lanes}"),
         (config & (span % p.lanes != 0), f"span must be a multiple of {p.lanes}"),
         (config & (span % rows != 0), "span must be a multiple of page_tokens: whole groups are transposed"),
         (config & (d % np.maximum(f["page_channels"], 1) != 0), "page_channels must divide d"),
-        (config & (f["attention"] == 1) & (np.minimum(f["r"], d) * span > halves),
-         f"r * span must be at most {halves}, the elements of half an operand buffer"),
+        (config & (f["attention"] == 1) & (np.minimum(f["r"], d) * span > part),
+         f"r * span must be at most {part}, the elements of a part of an operand buffer"),
         (heads & (of < 0), "there is no CONFIG before it"),
         (heads & (f["heads"] < 1), "heads must be at least 1"),
         (heads & (f["slot"] + f["heads"] > p.slots), f"slot, heads reach beyond the {p.slots} slots"),
@@ -930,8 +935,8 @@ def check(p: CsdParams, code: np.ndarray, where: str = "") -> None:
         (((shapes | is_["TRANSPOSE"]) & ((f["first"] + 1) * channel_groups > entries))
          | (is_["TRANSPOSE"] & (2 * (f["first"] + 1) * (span // rows) > entries)),
          f"first reaches beyond the {entries} entries of a slot"),
-        (is_["TRANSPOSE"] & (span * d > halves),
-         f"span * d must be at most {halves}, the elements of half an operand buffer"),
+        (is_["TRANSPOSE"] & (span * d > p.batches * part),
+         f"span * d must be at most {p.batches * part}, the elements of an operand buffer"),
         (is_["READ"] & ((f["count"] < 1) | (first_entry + f["count"] > entries)),
          f"first, count reach beyond the {entries} entries of a slot"),
         ((attend | is_["WRITE"] | is_["READ"]) & (f["line"] + lines > p.vector_lines),

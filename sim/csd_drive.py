@@ -565,7 +565,7 @@ def _fetch(p, d, now):
     if staging >= 0:
         row = d.filters[staging]
         one[STAGING_TURN] = staging + 1 if staging + 1 < kernels else 0
-        stage(f, staging, row[F_COUNT] * row[F_ROW_LINES], row[F_RANK] << 1 | row[F_TURN], row[F_TAG], now)
+        stage(f, staging, row[F_COUNT] * row[F_ROW_LINES], row[F_RANK] << 4 | row[F_TURN], row[F_TAG], now)
         _looked(p, d, staging, now)
     if granted >= 0:
         one[LOOKUP_TURN] = granted + 1 if granted < kernels else 0
@@ -580,7 +580,7 @@ def _fetch(p, d, now):
             np.int64(d.pages[row[F_NUMBERS] + page]),
             granted,
             row[F_COUNT] * row[F_ROW_LINES],
-            row[F_RANK] << 1 | row[F_TURN],
+            row[F_RANK] << 4 | row[F_TURN],
             row[F_TAG],
             now,
         )
@@ -840,7 +840,7 @@ def _grants(p, d, now):
                 one[FETCH_NEXT] = min(one[FETCH_NEXT], now + 1)
             if port < kernels:
                 count(d, tag, FORWARDED_LINES, lines)
-                csd_kernel.arrive(p, d, port, batch & 1, batch >> 1, lines, now + 2)
+                csd_kernel.arrive(p, d, port, batch & 15, batch >> 4, lines, now + 2)
             else:
                 one[MOVER_LINES] -= lines
                 if d.code[one[MOVER_COMMAND], OP] == READ:

@@ -49,12 +49,12 @@ _FORM, _VALUES, _TURN, _ALL, _FIRST, _N, _ROWS, _ROW_LINES, _ACCEPTED, _LIMIT, _
 _TAKES, _FOLLOWS, _NEXT_COMMAND, _NEXT_HEAD, _ASK_COMMAND, _ASK_HEAD = range(21, 27)
 assert csd_state.K_ASK == _ASK and csd_state.K_IDLE_FROM == _IDLE_FROM and csd_state.K_OWN == _ASK_HEAD + 1
 # DUE: tick in which the phase ends. Of the head: lines of a row, whether it estimates, tokens that are needed, rows of a
-# half. Of batches: first row, half, whether lines that come are values, and in which phase the kernel is of estimate, keys,
-# values; spans worked on and asked for; WAITS_FROM the first tick of a wait. Of each half: lines that came, tick of the last one.
-_DUE, _LINES, _ESTIMATES, _NEEDED, _FITS, _HALF, _KEYS_ASKED, _BASE, _LATER, _MIXED = range(27, 37)
+# part. Of batches: first row, part, whether lines that come are values, and in which phase the kernel is of estimate, keys,
+# values; spans worked on and asked for; WAITS_FROM the first tick of a wait. Of each part: lines that came, tick of the last one.
+_DUE, _LINES, _ESTIMATES, _NEEDED, _FITS, _PART, _KEYS_ASKED, _BASE, _LATER, _MIXED = range(27, 37)
 _ESTIMATING, _OF_TOKENS, _OF_VALUES, _SPANS_DONE, _SPANS_ASKED, _KEYS_WANTED, _VALUES_ASKED = range(37, 44)
-_FOLLOWING_ASKED, _WAITS_FROM, _CAME, _LAST = 44, 45, 46, 48
-assert csd_state.KERNEL_COLUMNS >= _LAST + 2
+_FOLLOWING_ASKED, _WAITS_FROM, _CAME, _LAST = 44, 45, 46, 62
+assert csd_state.KERNEL_COLUMNS == _LAST + 16
 _BEGIN, _LOAD, _LOADED, _TURNS, _RANK, _WAIT, _WORK, _WEIGH, _FACTOR, _SUMS, _JOIN, _FIRST_LINE, _STORE = (
     range(13)
 )
@@ -70,14 +70,14 @@ def _program(p, d, tag, which, times):
 
 @njit(**INNER)
 def _rows(d, kernel):
-    """Rows of the batch, and whether it is the last one of its pass."""
+    """Rows of the batch, and batches of its pass from it on."""
     command = d.code[kernel[_COMMAND]]
     if kernel[_ESTIMATING] == 1:
         step, total = command[_SPAN], command[_TOKENS]
     else:
         step, total = kernel[_FITS], kernel[_NEEDED]
     left = total - kernel[_BASE]
-    return min(step, left), left <= step
+    return min(step, left), (left + step - 1) // step
 
 
 @njit(**INNER)
@@ -87,7 +87,7 @@ def _estimates(command):
 
 
 @njit(**INNER)
-def _asks(d, kernel):
+def _asks(p, d, kernel):
     """Ask for the next pass, if it may be asked for."""
     if kernel[_ASK] == 1:
         return
@@ -100,9 +100,9 @@ def _asks(d, kernel):
     kernel[_ALL] = 1 - kernel[_ESTIMATES]
     if kernel[_ESTIMATING] == 1:
         left = command[_TOKENS] - asked * span
-        if left <= 0 or asked - kernel[_SPANS_DONE] == 2:
+        if left <= 0 or asked - kernel[_SPANS_DONE] == p.batches:
             return
-        kernel[_TURN] = asked & 1
+        kernel[_TURN] = asked % p.batches
         if asked < command[_SPANS]:
             kernel[_FORM], kernel[_ALL], kernel[_FIRST], kernel[_N] = _BY_CHANNELS, 0, asked, command[_D]
             kernel[_ROWS], kernel[_ROW_LINES] = command[_PAGE_CHANNELS], span * kernel[_LINES] // command[_D]
@@ -119,23 +119,24 @@ def _asks(d, kernel):
     elif kernel[_KEYS_WANTED] == 0:
         if kernel[_KEYS_ASKED] == 0 or kernel[_VALUES_ASKED] == 1:
             return
-        if kernel[_LATER] == 0 and not _rows(d, kernel)[1]:
+        if kernel[_LATER] == 0 and _rows(d, kernel)[1] >= p.batches:
             return
         kernel[_VALUES] = kernel[_TURN] = 1
     kernel[_ASK] = 1
 
 
 @njit(**INNER)
-def _limits(kernel):
-    """Rows that there is room for: a batch while the other half is worked on, or two."""
+def _limits(p, d, kernel):
+    """Rows that there is room for: of the pass that is worked on, or of the next one in the parts that are left."""
+    room = (p.batches - _rows(d, kernel)[1]) * kernel[_FITS]
     if kernel[_FOLLOWING_ASKED] == 1:
-        kernel[_LIMIT] = kernel[_FITS] * (1 + kernel[_MIXED])
+        kernel[_LIMIT] = p.batches * kernel[_FITS] if kernel[_MIXED] == 1 else room
     elif kernel[_ESTIMATING] == 1 or kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and kernel[_VALUES_ASKED] == 0):
         kernel[_LIMIT] = _UNLIMITED
     elif kernel[_VALUES_ASKED] == 1 and kernel[_LATER] == 0:
-        kernel[_LIMIT] = kernel[_FITS]
+        kernel[_LIMIT] = room
     else:
-        kernel[_LIMIT] = kernel[_BASE] + 2 * kernel[_FITS]
+        kernel[_LIMIT] = kernel[_BASE] + p.batches * kernel[_FITS]
 
 
 @njit(**INNER)
@@ -143,15 +144,15 @@ def _begin_work(p, d, k):
     """The batch is worked on, if it is complete."""
     kernel = d.kernels[k]
     command = d.code[kernel[_COMMAND]]
-    half, tag = kernel[_HALF], command[_TAG]
+    part, tag = kernel[_PART], command[_TAG]
     rows, _ = _rows(d, kernel)
     chosen = min(command[_R], command[_D])
     expected = rows * kernel[_LINES]
     if kernel[_ESTIMATING] == 1 and kernel[_SPANS_DONE] < command[_SPANS]:
         expected = chosen * (command[_SPAN] // p.lanes)
-    if kernel[_CAME + half] < expected:
+    if kernel[_CAME + part] < expected:
         return
-    first = max(kernel[_WAITS_FROM], kernel[_LAST + half] + 1) + 1
+    first = max(kernel[_WAITS_FROM], kernel[_LAST + part] + 1) + 1
     if kernel[_ESTIMATING] == 1:
         ticks = -(-chosen // p.lanes) * rows
     elif kernel[_OF_VALUES] == 1:
@@ -214,8 +215,8 @@ def _ranked(p, d, k, first):
     else:
         kernel[_KEYS_WANTED] = 1
         ticks = -(-command[_TOKENS] // p.lanes) + p.reduce_latency + _program(p, d, tag, _COVERAGE, group)
-    _limits(kernel)
-    _asks(d, kernel)
+    _limits(p, d, kernel)
+    _asks(p, d, kernel)
     _wait(p, d, k, first + group * ticks)
 
 
@@ -225,17 +226,18 @@ def _worked(p, d, k, now):
     kernel = d.kernels[k]
     command = d.code[kernel[_COMMAND]]
     group, tag = command[_GROUP], command[_TAG]
-    rows, final = _rows(d, kernel)
+    rows, batches = _rows(d, kernel)
+    final = batches == 1
     estimating = kernel[_ESTIMATING] == 1
-    kernel[_CAME + kernel[_HALF]] = 0
-    kernel[_HALF] ^= 1
+    kernel[_CAME + kernel[_PART]] = 0
+    kernel[_PART] = (kernel[_PART] + 1) % p.batches
     kernel[_BASE] += rows
     if estimating:
         kernel[_SPANS_DONE] += 1
     elif final:
         kernel[_BASE], kernel[_LATER], kernel[_MIXED] = 0, 1 - kernel[_OF_VALUES], kernel[_OF_VALUES]
-    _limits(kernel)
-    _asks(d, kernel)
+    _limits(p, d, kernel)
+    _asks(p, d, kernel)
     if not final:
         _wait(p, d, k, now + 1)
         return
@@ -285,15 +287,15 @@ def _begin(p, d, k, now):
     command = d.code[kernel[_COMMAND]]
     _prepare(p, d, kernel)
     if kernel[_ESTIMATES] == 1:
-        kernel[_HALF] = 0
+        kernel[_PART] = 0
     elif kernel[_KEYS_ASKED] == 0:
         kernel[_KEYS_WANTED] = 1
     charge(d, _KERNEL + k, _BUSY, command[_TAG], now)
     kernel[_READ_LEFT] = command[_GROUP] * kernel[_LINES]
     kernel[_PHASE], kernel[_DUE] = _LOAD, _NEVER
     if kernel[_ESTIMATES] == 0:
-        _limits(kernel)
-        _asks(d, kernel)
+        _limits(p, d, kernel)
+        _asks(p, d, kernel)
 
 
 @njit(**CALLED)
@@ -321,7 +323,7 @@ def _advance(p, d, k, now):
         _worked(p, d, k, now)
     elif phase == _WEIGH:
         kernel[_OF_TOKENS] = 1
-        kernel[_ESTIMATING] = kernel[_BASE] = kernel[_HALF] = 0
+        kernel[_ESTIMATING] = kernel[_BASE] = kernel[_PART] = 0
         _want_topk(d, k, now + 1)
     elif phase == _FACTOR:
         kernel[_SUM_LEFT] = kernel[_LINES]
@@ -348,8 +350,8 @@ def _advance(p, d, k, now):
             kernel[_PHASE], kernel[_DUE] = _BEGIN, now + 1
             _prepare(p, d, kernel)
             kernel[_KEYS_WANTED] = 1 - max(kernel[_ESTIMATES], kernel[_KEYS_ASKED])
-            _limits(kernel)
-            _asks(d, kernel)
+            _limits(p, d, kernel)
+            _asks(p, d, kernel)
         else:
             kernel[_IS_BUSY], kernel[_DUE] = 0, _NEVER
             charge(d, _KERNEL + k, _IDLE, d.activity.shape[0] - 1, now + 1)
@@ -380,16 +382,16 @@ def step(p, d, k, now):
             kernel[_FOLLOWING_ASKED] = 1
         else:
             kernel[_VALUES_ASKED] = 1
-        _limits(kernel)
-        _asks(d, kernel)
+        _limits(p, d, kernel)
+        _asks(p, d, kernel)
     if kernel[_DUE] == now:
         _advance(p, d, k, now)
     if kernel[_FOLLOWS] == 1:
-        _asks(d, kernel)
+        _asks(p, d, kernel)
     # The next head may be taken while the last batch of values is worked on.
     kernel[_TAKES] = 0
     if kernel[_VALUES_ASKED] == 1 and kernel[_ESTIMATES] == 0 and kernel[_PHASE] != _STORE:
-        if kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and _rows(d, kernel)[1]):
+        if kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and _rows(d, kernel)[1] < p.batches):
             kernel[_TAKES] = 1
     kernel[_NEXT] = kernel[_DUE]
 
@@ -398,21 +400,26 @@ def step(p, d, k, now):
 def arrive(p, d, k, turn, rank, lines, first):
     """So many lines, rows of the pass from `rank` on, come to kernel k in the ticks from `first` on."""
     kernel = d.kernels[k]
-    half, other = kernel[_HALF], 0
     if kernel[_ESTIMATING] == 1:
-        half = turn
-    elif turn != kernel[_LATER]:
-        half ^= 1
+        kernel[_CAME + turn] += lines
+        kernel[_LAST + turn] = max(kernel[_LAST + turn], first + lines - 1)
     else:
-        mine = max(0, min(lines, (kernel[_BASE] + kernel[_FITS] - rank) * kernel[_LINES]))
-        other = lines - mine
-        lines = mine
-    if lines > 0:
-        kernel[_CAME + half] += lines
-        kernel[_LAST + half] = max(kernel[_LAST + half], first + lines - 1)
-    if other > 0:
-        kernel[_CAME + (half ^ 1)] += other
-        kernel[_LAST + (half ^ 1)] = max(kernel[_LAST + (half ^ 1)], first + lines + other - 1)
+        # Rows from the first one of the batch that is worked on, that of the next pass behind the last one of this.
+        row, part = rank - kernel[_BASE], kernel[_PART]
+        if turn != kernel[_LATER]:
+            row, part = rank, part + _rows(d, kernel)[1]
+        part += row // kernel[_FITS]
+        room = (kernel[_FITS] - row % kernel[_FITS]) * kernel[_LINES]
+        last = first - 1
+        while lines > 0:
+            here = min(lines, room)
+            part %= p.batches
+            last += here
+            kernel[_CAME + part] += here
+            kernel[_LAST + part] = max(kernel[_LAST + part], last)
+            lines -= here
+            part += 1
+            room = kernel[_FITS] * kernel[_LINES]
     if kernel[_PHASE] == _WAIT and kernel[_DUE] == _NEVER:
         _begin_work(p, d, k)
         kernel[_NEXT] = min(kernel[_NEXT], kernel[_DUE])

@@ -98,7 +98,7 @@ LOG_FIRST, LOG_END, LOG_HEADS = range(3)
     K_ASK_HEAD,
 ) = range(27)
 K_OWN = 27  # columns from here on are the kernel's own
-KERNEL_COLUMNS = K_OWN + 23
+KERNEL_COLUMNS = K_OWN + 51
 
 # Columns of Drive.filters: a page filter of each kernel, and the pass that it works on.
 (
@@ -192,7 +192,7 @@ class Drive(NamedTuple):
     masks: Array  # uint8: of the heads of each ATTEND that estimates, channels and then tokens
     log: Array  # [n + 1, 3]
     flash: Channels
-    kernels: Array  # [k, 50]
+    kernels: Array  # [k, 78]
     filters: Array  # [k, 20]
     shares: Array  # [3, 5]
     wants: Array  # [3, k] whether the kernel is known to want the port

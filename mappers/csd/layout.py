@@ -188,12 +188,15 @@ class Layout:
                 f"page_channels {self.page_channels} leaves {page // self.page_channels} tokens of a page of {page} "
                 f"elements, less than {unit}, the least that lines and token-indexed pages allow"
             )
-        half = e.buffer_lines * e.lanes
+        part = e.buffer_lines * e.lanes
         r = spec.selection(self.tokens, d)[0]
-        for what, need in (("the estimate's r x span", r * self.span), ("a span's keys", d * self.span)):
-            if self.sparse and need > half:
+        for what, need, where, room in (
+            ("the estimate's r x span", r * self.span, "a part of an operand buffer", part),
+            ("a span's keys", d * self.span, "an operand buffer", e.batches * part),
+        ):
+            if self.sparse and need > room:
                 raise UserError(
-                    f"{what}, {need} elements, do not fit half an operand buffer of {half} (engine.buffer_lines): "
+                    f"{what}, {need} elements, do not fit {where}, {room} (engine.buffer_lines): "
                     f"mapping.page_channels may be larger"
                 )
         self.channel_groups = d // self.page_channels

@@ -18,12 +18,12 @@ __all__ = ["FlashController", "PortSwitch", "job_layout", "line_layout"]
 
 
 def job_layout(p: CsdParams, ports: int) -> data.StructLayout:
-    """What is to be done with a page that is read: for whom, in which of two passes (`turn`), which rows of how many
+    """What is to be done with a page that is read: for whom, in which of several passes (`turn`), which rows of how many
     lines, and how many selected rows came in pages before."""
     return data.StructLayout(
         {
             "port": bits_for(ports - 1),
-            "turn": 1,
+            "turn": bits_for(p.batches - 1),
             "mask": p.page_lines,
             "row_lines": bits_for(p.page_lines),
             "rank": bits_for(max(p.max_tokens, p.max_channels)),
@@ -35,7 +35,7 @@ def line_layout(p: CsdParams) -> data.StructLayout:
     """A line on its way: line `word` of selected row `row` of the pass `turn`."""
     return data.StructLayout(
         {
-            "turn": 1,
+            "turn": bits_for(p.batches - 1),
             "row": bits_for(max(p.max_tokens, p.max_channels)),
             "word": bits_for(p.page_lines - 1),
             "data": p.lanes * FP16.width,

@@ -47,7 +47,7 @@ def pass_layout(p: CsdParams) -> data.StructLayout:
         {
             "form": 1,
             "values": 1,
-            "turn": 1,
+            "turn": bits_for(p.batches - 1),
             "all": 1,
             "first": p.table_bits,
             "n": bits_for(max(p.max_tokens, p.max_channels)),

@@ -175,7 +175,8 @@ class AttentionKernel(wiring.Component):
         )
 
         # ---- batches ----
-        base, half = Signal(TOKEN_BITS), Signal()
+        base, batch = Signal(TOKEN_BITS), Signal(range(p.batches))  # first row of the batch, and the part where it is
+        batches_left = Signal(range(p.batches + 1))  # batches of the pass from this one on, at most as many as there are parts
         later = Signal()  # lines that come belong to values
         spans_done, asked_spans = Signal(TOKEN_BITS), Signal(TOKEN_BITS)
         rows, step, total = Signal(TOKEN_BITS), Signal(TOKEN_BITS), Signal(TOKEN_BITS)
@@ -187,15 +188,12 @@ class AttentionKernel(wiring.Component):
             rows.eq(Mux(final, total - base, step)),
             groups.eq((Mux(estimating, chosen, rows) + lanes - 1) >> place),
             intake.estimating.eq(estimating),
-            intake.by_tokens.eq(
-                # Of two spans that follow one another the later one may be behind the last whole one.
-                Cat(
-                    Mux(spans_done[0] == parity, spans_done, spans_done + 1) >= head.spans
-                    for parity in range(2)
-                )
-            ),
+            intake.spans.eq(head.spans),
+            intake.span.eq(spans_done),
             intake.base.eq(base),
-            intake.half.eq(half),
+            intake.part.eq(batch),
+            batches_left.eq(1 + tree_sum(total - base > k * intake.rows for k in range(1, p.batches))),
+            intake.left.eq(batches_left),
             intake.turn.eq(later),
             intake.row_lines.eq(row_lines),
             intake.span_lines.eq(span_lines),
@@ -216,11 +214,13 @@ class AttentionKernel(wiring.Component):
         mask_word, masks_channels = Signal(token_bits), Signal()
         ask, accepted, limit = self.ask.payload, Signal(), Signal(TOKEN_BITS + 1)
         left = Signal(TOKEN_BITS)
-        # Keys of the following head, if it has no estimate, come while the last batch of values is worked on.
-        takes, ahead = Signal(), Signal()
+        # The next pass, of values or of the following head's keys (if it has no estimate), fills the parts that are left.
+        takes, ahead, near, room = Signal(), Signal(), Signal(), Signal(TOKEN_BITS)
         m.d.comb += [
+            near.eq(batches_left != p.batches),
+            room.eq((p.batches - batches_left) * intake.rows),
             takes.eq(
-                self.busy & ~estimates & values_asked & (mixed | (later & final)) & ~follows & self.ask.ready
+                self.busy & ~estimates & values_asked & (mixed | (later & near)) & ~follows & self.ask.ready
                 & ~self.vector_write
             ),
             ahead.eq(
@@ -233,14 +233,14 @@ class AttentionKernel(wiring.Component):
             self.ask.valid.eq(
                 Mux(
                     estimating,
-                    (asked_base < head.tokens) & (asked_spans - spans_done != 2),
-                    keys_wanted | (keys_asked & ~values_asked & (later | final)) | ahead,
+                    (asked_base < head.tokens) & (asked_spans - spans_done != p.batches),
+                    keys_wanted | (keys_asked & ~values_asked & (later | near)) | ahead,
                 )
             ),
             accepted.eq(self.ask.valid & self.ask.ready),
             ask.form.eq(Mux(by_channels, _CHANNELS, _TOKENS)),
             ask["values"].eq(of_values),
-            ask.turn.eq(Mux(estimating, asked_spans[0], of_values)),
+            ask.turn.eq(Mux(estimating, asked_spans, of_values)),
             ask["all"].eq(Mux(estimating, ~by_channels, ~estimates)),
             ask.first.eq(Mux(estimating, Mux(by_channels, asked_spans, asked_group), 0)),
             ask.n.eq(
@@ -260,12 +260,11 @@ class AttentionKernel(wiring.Component):
             self.words.payload.eq(
                 Mux(masks_channels, look(channel_masks, mask_word), look(token_masks, mask_word))
             ),
-            # What comes while the pass before is worked on has one half.
             limit.eq(
                 Mux(
                     following_asked,
-                    Mux(mixed, 2 * intake.rows, intake.rows),
-                    Mux(values_asked & ~later, intake.rows, base + 2 * intake.rows),
+                    Mux(mixed, p.batches * intake.rows, room),
+                    Mux(values_asked & ~later, room, base + p.batches * intake.rows),
                 )
             ),
             # All rows may be there before the last page is looked at, which is read where pages are not filtered.
@@ -548,7 +547,7 @@ class AttentionKernel(wiring.Component):
         def behind_weights():
             """Tokens are ranked after the softmax of an estimate, values mixed after the other one."""
             with m.If(estimating):
-                m.d.sync += [of_tokens.eq(1), estimating.eq(0), base.eq(0), half.eq(0)]
+                m.d.sync += [of_tokens.eq(1), estimating.eq(0), base.eq(0), batch.eq(0)]
                 m.next = "TURN"
             with m.Else():
                 m.d.sync += values.eq(1)
@@ -570,7 +569,7 @@ class AttentionKernel(wiring.Component):
             with m.State("BEGIN"):
                 m.d.sync += keys_wanted.eq(~estimates & ~keys_asked & ~accepted)
                 with m.If(estimates):
-                    m.d.sync += half.eq(0)
+                    m.d.sync += batch.eq(0)
                 m.next = "LOAD"
             with m.State("LOAD"):
                 m.d.comb += [
@@ -645,7 +644,7 @@ class AttentionKernel(wiring.Component):
                     elements = Mux(estimating, rows, c.d)
                     m.d.comb += drop.eq(count(m, (element, elements), (item, groups), (h, group)))
                 with m.If(drop):
-                    m.d.sync += [half.eq(~half), base.eq(base + step)]
+                    m.d.sync += [batch.eq(batch + 1), base.eq(base + step)]
                     m.next = "WAIT"
                     with m.If(estimating):
                         m.d.sync += spans_done.eq(spans_done + 1)

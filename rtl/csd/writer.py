@@ -144,7 +144,7 @@ class Writer(wiring.Component):
         shift = p.lanes.bit_length() - 1
         m.submodules.logs = logs = PageLogs(params=p.flash, order=self._order)
         m.submodules.transposed = matrix = OperandBuffer(
-            lanes=p.lanes, lines=p.buffer_lines, black_box=self._black_box
+            lanes=p.lanes, lines=p.batches * p.buffer_lines, black_box=self._black_box
         )
 
         # What follows from command and configuration.
@@ -172,7 +172,7 @@ class Writer(wiring.Component):
         keys, values = Signal.like(self.vector_address), Signal.like(self.vector_address)
         of_values = Signal()
         element = Signal.like(config.d)  # of the transposition buffer
-        got = Signal(bits_for(max(p.buffer_lines, p.page_lines)))
+        got = Signal(bits_for(max(p.batches * p.buffer_lines, p.page_lines)))
         m.d.comb += slot.eq(c.slot + head)
         last_head = head == c.heads - 1
 

@@ -31,7 +31,7 @@ FULL, SPARSE = machine(), machine("attention.kind=sparf")
 OPT = load_model("opt-13b")
 # Pages of 16 tokens of 16 channels, spans of 32 tokens (8 channels of a page); 2 channels of 2 chips of 2 planes.
 SMALL = [
-    "engine.lanes=4", "engine.buffer_lines=256", "engine.max_tokens=256",
+    "engine.lanes=4", "engine.batches=2", "engine.buffer_lines=256", "engine.max_tokens=256",
     "engine.max_channels=16", "attention.page_channels=8", "dram.table_bits=6", "dram.slots=256",
     "dram.vector_lines=2048", "flash.geometry.channels=2", "flash.geometry.chips_per_channel=2",
     "flash.geometry.planes_per_die=2", "flash.geometry.blocks_per_plane=16", "flash.geometry.pages_per_block=8",

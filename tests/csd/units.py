@@ -45,7 +45,7 @@ def unpack(word, count, width=16):
 
 # A drive that a simulator takes in its stride: lines of 4, pages of 64 elements, two channels, short times.
 SMALL = {
-    "engine.lanes": 4, "engine.buffer_lines": 64, "engine.max_tokens": 64,
+    "engine.lanes": 4, "engine.batches": 2, "engine.buffer_lines": 64, "engine.max_tokens": 64,
     "engine.max_channels": 16, "engine.max_group": 2, "engine.exp_terms": 4, "engine.clock_mhz": 1000,
     "engine.reciprocal_iterations": 2, "engine.rsqrt_iterations": 2, "engine.command_queue": 2,
     "attention.page_channels": 2,

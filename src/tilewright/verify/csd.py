@@ -40,7 +40,7 @@ Rng = np.random.Generator
 # ---- structures ---------------------------------------------------------------------------------------
 
 _DEFAULTS = {
-    "engine.clock_mhz": 1000, "engine.kernels": 2, "engine.lanes": 4, "engine.buffer_lines": 64,
+    "engine.clock_mhz": 1000, "engine.kernels": 2, "engine.lanes": 4, "engine.batches": 2, "engine.buffer_lines": 64,
     "engine.max_tokens": 64, "engine.max_channels": 16, "engine.max_group": 2,
     "engine.exp_terms": 4, "engine.reciprocal_iterations": 2, "engine.rsqrt_iterations": 2,
     "engine.command_queue": 2,
@@ -69,13 +69,13 @@ _SHAPES: tuple[_Shape, ...] = (
         "flash.placement.order": "CPDW",
     },
     {
-        "engine.command_queue": 3, "flash.queue": 6, "flash.geometry.channels": 1,
+        "engine.command_queue": 3, "engine.batches": 4, "engine.buffer_lines": 32, "flash.queue": 6, "flash.geometry.channels": 1,
         "flash.geometry.dies_per_chip": 2, "flash.geometry.pages_per_block": 10,
         "flash.cells.page_types": "tlc", "flash.scheduler.policy": "data-out-first",
         "flash.scheduler.cache_read": "true", "flash.placement.order": "DCPW",
     },
     {
-        "engine.lanes": 2, "engine.buffer_lines": 8, "engine.max_group": 1,
+        "engine.lanes": 2, "engine.batches": 4, "engine.buffer_lines": 8, "engine.max_group": 1,
         "engine.command_queue": 1, "flash.queue": 3, "flash.geometry.page_bytes": 64,
         "flash.geometry.chips_per_channel": 1, "flash.geometry.planes_per_die": 1,
         "flash.geometry.pages_per_block": 3, "flash.geometry.blocks_per_plane": 5,
@@ -98,6 +98,7 @@ def structures(count: int, seed: int) -> list[Structure]:
         chosen: dict[str, object] = {
             "engine.lanes": lanes,
             "engine.kernels": rng.integers(1, 3),
+            "engine.batches": rng.choice([2, 4, 8]),
             "engine.buffer_lines": lanes * int(rng.integers(4, 17)),
             "engine.max_group": rng.integers(1, 4),
             "engine.command_queue": rng.integers(1, 4),
@@ -126,7 +127,7 @@ def _structure(shape: _Shape) -> Structure:
     kernels = f"{e.kernels} kernel{'s' * (e.kernels > 1)} of {e.lanes}"
     planes = f"{g.chips_per_channel} x {g.dies_per_chip} x {g.planes_per_die}"
     return Structure(
-        f"{kernels}, buffers of {e.buffer_lines}, {g.channels} channels of {planes} {spec.flash.cells.page_types}, "
+        f"{kernels}, buffers of {e.batches} x {e.buffer_lines}, {g.channels} channels of {planes} {spec.flash.cells.page_types}, "
         f"{s.policy}",
         spec,
     )
@@ -149,7 +150,7 @@ def _tree(spec: arch.CsdSpec) -> specs.Tree:
 
 # What of a spec RTL simulates, by key: at most so much.
 _MOST = {
-    "engine.lanes": 4, "engine.buffer_lines": 64, "engine.max_tokens": 64,
+    "engine.lanes": 4, "engine.batches": 2, "engine.buffer_lines": 64, "engine.max_tokens": 64,
     "engine.max_channels": 16, "engine.max_group": 2, "engine.command_queue": 4, "dram.table_bits": 5,
     "dram.slots": 4, "dram.vector_lines": 256, "flash.queue": 8, "flash.geometry.channels": 2,
     "flash.geometry.chips_per_channel": 2, "flash.geometry.dies_per_chip": 2, "flash.geometry.planes_per_die": 2,
@@ -668,7 +669,9 @@ def _count_attention(
     out["last vector line"] += (
         f["line2"] + f["heads"] * config["group"] * d // spec.engine.lanes == spec.dram.vector_lines
     )
-    out["operand buffer filled more than once"] += tokens * d > spec.engine.buffer_lines * spec.engine.lanes
+    out["operand buffer filled more than once"] += (
+        tokens * d > spec.engine.batches * spec.engine.buffer_lines * spec.engine.lanes
+    )
     if not config["attention"]:
         return out
     if config["k"] >= tokens:

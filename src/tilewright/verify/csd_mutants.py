@@ -55,14 +55,14 @@ MUTANTS = (
         _TWO,
     ),
     Mutant(
-        "rtl: values that come while keys are worked on have both halves",
-        partial(_kernel, "Mux(values_asked & ~later, intake.rows, base + 2 * intake.rows)", "base + 2 * intake.rows"),
+        "rtl: values that come while keys are worked on have all parts",
+        partial(_kernel, "Mux(values_asked & ~later, room, base + p.batches * intake.rows)", "base + p.batches * intake.rows"),
         _SMALL,
         24,
     ),
     Mutant(
         "rtl: a span is asked for when the one before is worked on",
-        partial(_kernel, "(asked_spans - spans_done != 2)", "(asked_spans - spans_done != 1)"),
+        partial(_kernel, "(asked_spans - spans_done != p.batches)", "(asked_spans - spans_done != 1)"),
         _TWO,
     ),
     Mutant(
