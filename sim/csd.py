@@ -5,6 +5,7 @@ from the order of the program alone (`arch.csd_pages.PageTables`), and the masks
 by block: a CONFIG waits until the drive is at rest, so that nothing but GPU and link reaches from one block into the next.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.arch.trace import LOG
 from tilewright.sim import csd_drive
 from tilewright.sim.csd_flash import grown_channels, new_channels
+from tilewright.sim.csd_fold import Content, Memory, content_of, mark
 from tilewright.sim.csd_state import (
     ARRAY,
     CODE_COLUMNS,
@@ -49,6 +51,7 @@ from tilewright.sim.csd_state import (
     PAGES2,
     PAUSE,
     PUSHED_AT,
+    RESUMED,
     S_NEXT,
     SCALARS,
     SETTINGS,
@@ -77,9 +80,12 @@ class _Piece(NamedTuple):
 class _Block:
     """Pieces that are executed without a pause, with the pages and masks of their commands."""
 
-    def __init__(self, p: CsdParams, tables: PageTables, decisions: Decisions) -> None:
-        self._p, self._tables, self._decisions = p, tables, decisions
+    def __init__(self, p: CsdParams, tables: PageTables, decisions: Decisions, fold: bool) -> None:
+        self._p, self._tables, self._decisions, self._fold = p, tables, decisions, fold
         self.pieces: list[_Piece] = []
+        self.contents: list[Content] = []  # of all commands, for folding
+        self._places: list[Places] = []  # of the present one
+        self._digests: dict[int, bytes] = {}  # of masks by where they begin
         self._pages: list[Array] = []
         self._masks: list[Array] = []
         self._page_count = self._mask_count = 0
@@ -93,16 +99,22 @@ class _Block:
             rows[:, column] = code[name]
         for column, name in enumerate(SETTINGS, len(FIELDS)):
             rows[:, column] = np.where(of >= 0, code[name][np.maximum(of, 0)], 0)
+        if self._fold:
+            mark(rows)
         for i, record in enumerate(code):
+            self._places = []
             with _named(segment, i, record):
-                self._place(rows[i], code[of[i]], record)
+                selects = self._place(rows[i], code[of[i]], record)
+            if self._fold:
+                mask = self._digests[int(rows[i, MASKS])] if selects else b""
+                self.contents.append(content_of(self._p, rows[i], self._places, mask))
         self.pieces.append(_Piece(segment, code, rows))
 
-    def _place(self, row: Array, config: Any, record: Any) -> None:
-        """Where the command's pages and masks are."""
+    def _place(self, row: Array, config: Any, record: Any) -> bool:
+        """Where the command's pages and masks are; returns whether it has masks."""
         op, slot, heads = int(record["op"]), int(record["slot"]), int(record["heads"])
         first, tokens, form = int(record["first"]), int(record["tokens"]), int(record["form"])
-        tables = self._tables
+        tables, selects = self._tables, False
         row[PAGES], row[PAGES2] = self._page_count, self._page_count
         if op == arch.OP["ATTEND"]:
             row[PAGES] = self._keep(tables.token_pages(config, slot, heads, tokens))
@@ -121,10 +133,12 @@ class _Block:
             row[PAGES] = self._keep(tables.read(config, form, slot, heads, first, int(record["count"])))
         elif op == arch.OP["RECLAIM"]:
             row[PAGES2] = self._keep(tables.reclaim(int(record["count"])))
+        return selects
 
     def _keep(self, places: Places) -> int:
         """Keep the pages' numbers; returns where they begin."""
         begin = self._page_count
+        self._places.append(places)
         self._pages.append(places.number.ravel().astype(np.uint32))
         self._page_count += places.number.size
         return begin
@@ -146,6 +160,7 @@ class _Block:
         begin = self._mask_count
         masks = np.concatenate([selection.channels, selection.tokens], axis=1).astype(np.uint8)
         self._masks.append(masks.ravel())
+        self._digests[begin] = hashlib.blake2b(masks.tobytes(), digest_size=16).digest()
         self._mask_count += masks.size
         if key is not None:
             self._drawn[key] = begin
@@ -219,6 +234,7 @@ class _Machine:
 
     def __init__(self, p: CsdParams, n_tags: int) -> None:
         self._p = p
+        self._memory = Memory(p)
         self.drive = _new_drive(p, n_tags)
 
     def execute(self, block: _Block, last: bool) -> Array:
@@ -239,9 +255,15 @@ class _Machine:
         d = d._replace(code=np.concatenate([d.code[pending], rows, end]), log=log, pages=pages, masks=masks)
         d.one[INDEX] = before
         d.one[[GPU_ROW, LINK_ROW]] = 0
-        csd_drive.run(self._p, d)
-        if d.one[STUCK]:
-            raise AssertionError(f"the drive waits for ever from tick {int(d.one[NOW])} on")
+        d.one[RESUMED] = -1
+        self._memory.forget_open()
+        while True:
+            csd_drive.run(self._p, d)
+            if d.one[STUCK]:
+                raise AssertionError(f"the drive waits for ever from tick {int(d.one[NOW])} on")
+            if d.one[INDEX] == len(d.code) - 1:
+                break
+            self._memory.advance(d, before, block.contents)
         self.drive = d
         return log[before:-1, [LOG_FIRST, LOG_END]]
 
@@ -281,8 +303,8 @@ def simulate(
 ) -> Timeline:
     """Run a program on the cycle model.
 
-    `decisions` are what heads select: those of an interpreter, {"selections": [Selection, ...]}, or else drawn. Every
-    event is simulated, whatever `fold` says. `trace` keeps that many commands. `steps` is what `progress` counts up to.
+    `decisions` are what heads select: those of an interpreter, {"selections": [Selection, ...]}, or else drawn. With
+    `fold` what a drive at rest has done before is not simulated again; the integers are the same. `trace` keeps that many commands. `steps` is what `progress` counts up to.
     Raises ValueError for a command outside the machine, or one whose pages are not there, naming segment and index.
     """
     if not isinstance(decisions, Decisions):
@@ -309,11 +331,11 @@ def simulate(
         if progress and block.pieces:
             progress(block.pieces[-1].segment + 1, steps)
 
-    block = _Block(p, tables, decisions)
+    block = _Block(p, tables, decisions, fold)
     for number, code in _pieces(p, program, tables):
         if block.pieces and len(code) and code["op"][0] == arch.OP["CONFIG"]:
             execute(block, False)
-            block = _Block(p, tables, decisions)
+            block = _Block(p, tables, decisions, fold)
         block.add(number, code)
     execute(block, True)
     end = machine.finish()

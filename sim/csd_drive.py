@@ -176,6 +176,8 @@ from tilewright.sim.csd_state import (
     QUEUE,
     READ,
     RECLAIM,
+    REST,
+    RESUMED,
     S_AT,
     S_CLOSED,
     S_NEXT,
@@ -275,6 +277,15 @@ def _flash_wait(d, now):
     return pending, wake
 
 
+@njit(**INNER)
+def _all_rest(d, now):
+    """Whether neither a channel nor a kernel has anything left to do."""
+    for k in range(d.kernels.shape[0]):
+        if d.kernels[k, K_NEXT] < _NEVER:
+            return False
+    return not _flash_wait(d, now)[0]
+
+
 @njit(**CALLED)
 def _decode(p, d, now):
     """What the decoder does in tick `now`."""
@@ -325,6 +336,9 @@ def _decode(p, d, now):
             tag, wake = _system_wait(d, True, now)
         elif command[NOT_BEFORE] > now:
             cause, tag, wake = ARRIVAL, command[TAG], command[NOT_BEFORE]
+        elif command[REST] > 0 and one[RESUMED] != i and not (drive or gpu or link) and _all_rest(d, now):
+            one[STOPPED] = 1
+            return
         else:
             tag = command[TAG]
             if op == CONFIG:
@@ -993,8 +1007,8 @@ def _flash(p, d, now):
 
 @njit(cache=True)
 def run(p, d):
-    """Execute commands, from tick NOW up to that of FINISH or PAUSE, in which nothing but the decoder has acted; or until
-    the drive is STUCK."""
+    """Execute commands, from tick NOW up to that of FINISH or PAUSE, or one in which a command with REST finds everything
+    at rest: in that tick nothing but the decoder has acted. Or until the drive is STUCK."""
     one, f = d.one, d.flash
     kernels, channels = d.kernels.shape[0], f.next.shape[0]
     one[STOPPED] = 0

@@ -109,6 +109,21 @@ def grown_channels(s: Channels, activity: Array) -> Channels:
     return s._replace(activity=activity)
 
 
+def turns(s: Channels) -> Array:
+    """All that controllers and ports at rest remember: whose turn it is."""
+    return np.concatenate([s.channels[:, _TURN], s.ports[:, 1]])
+
+
+def set_turns(s: Channels, values: Array) -> None:
+    """Make them those of `turns`."""
+    s.channels[:, _TURN], s.ports[:, 1] = np.split(values, [len(s.channels)])
+
+
+def account_from(s: Channels, now: int) -> None:
+    """All ticks before `now` are accounted for."""
+    s.channels[:, _SINCE] = now
+
+
 def _stripe(p: CsdParams) -> Array:
     f = p.flash
     number = np.arange(f.chips * f.dies * f.planes)

@@ -62,7 +62,8 @@ OP, SLOT, HEADS, TOKENS, SPANS, FORM, FIRST, COUNT, AFTER, NOT_BEFORE, OPERATION
 SETTINGS = (*("attention", "d", "group", "r", "k", "local", "mean", "page_tokens", "page_channels", "span"),)
 ATTENTION, D, GROUP, R, K, LOCAL, MEAN, PAGE_TOKENS, PAGE_CHANNELS, SPAN = range(14, 24)
 PAGES, PAGES2, MASKS = range(24, 27)
-CODE_COLUMNS = 27
+REST = 27  # the run may pause before it, if nothing is at work
+CODE_COLUMNS = 28
 
 # Columns of Drive.log: first tick and tick after the last, -1 before; heads that are not done.
 LOG_FIRST, LOG_END, LOG_HEADS = range(3)
@@ -179,15 +180,16 @@ S_AT, S_TURN, S_NEXT, S_CLOSED, S_OPEN = range(5)
     GPU_END,
     LINK_END,
     STUCK,  # the drive would wait for ever
-) = range(46)
-SCALARS = 46
+    RESUMED,  # command before which it does not pause again
+) = range(47)
+SCALARS = 47
 WAKES = (*(HAND_NEXT, MOVER_NEXT, FETCH_NEXT, FLASH_NEXT, GRANT_NEXT, TOPK_NEXT, LOOKED_FROM),)
 
 
 class Drive(NamedTuple):
     """All that changes, and the commands that are executed: n of them; k kernels, u units."""
 
-    code: Array  # [n + 1, 27], FINISH or PAUSE the last one
+    code: Array  # [n + 1, 28], FINISH or PAUSE the last one
     pages: Array  # uint32: numbers of pages in the logs of their channels
     masks: Array  # uint8: of the heads of each ATTEND that estimates, channels and then tokens
     log: Array  # [n + 1, 3]
@@ -196,7 +198,7 @@ class Drive(NamedTuple):
     filters: Array  # [k, 20]
     shares: Array  # [3, 5]
     wants: Array  # [3, k] whether the kernel is known to want the port
-    one: Array  # [46]
+    one: Array  # [47]
     queue: Array  # [2, command_queue] rows of the code: reads, writes
     level: Array  # [2]
     head: Array  # [2] the tick from which a queue's oldest command is seen
