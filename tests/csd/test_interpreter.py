@@ -94,7 +94,7 @@ def test_written_tokens_are_staged_and_programmed(image):
     """Tokens 1, 2, 3 of slots 1 and 2, keys from line 0 on: slot 2's are in lines 3 to 5.
 
     Token 1 fills group 0 (with a token 0 that was written before), 2 and 3 fill group 1. Pages 0 to 3 of slot 1 lie on
-    channels 1, 0, 1, 0, and slot 2's on 0, 1, 0, 1.
+    channels 1, 0, 0, 1, and slot 2's on 0, 1, 1, 0.
     """
     first = f"{CONFIG}\nWRITE slot=1 heads=2 first=0 tokens=1 line=100 line2=102"
     out, _ = run(f"{first}\nWRITE slot=1 heads=2 first=1 tokens=3 line=0 line2=10", image)
@@ -105,10 +105,10 @@ def test_written_tokens_are_staged_and_programmed(image):
     assert groups[2, 1, 1, 0].tolist() == [56, 57, 58, 59]  # values: lines 10 to 12 are slot 1's
     assert groups[1, 0, 0, 0].tolist() == [400, 401, 402, 403]
     assert (groups[1:3, :, :, 2:] == 0xFFFF).all() and (groups[[0, 3]] == 0xFFFF).all()
-    # The logs of the second command: slot 1 takes (1,0), (0,0), (1,1), (0,1) as channel and number, slot 2 (0,2) ..
+    # The logs of the second command: slot 1 takes (1,0), (0,0), (0,1), (1,1) as channel and number, slot 2 (0,2) ..
     cells = out["cells"]
     assert cells[where(1, 0)][:3].tolist() == [[400, 401, 402, 403], [0, 1, 2, 3], [0xFFFF] * 4]
-    assert cells[where(0, 1)][:2].tolist() == [[44, 45, 46, 47], [48, 49, 50, 51]]  # values of tokens 2, 3
+    assert cells[where(1, 1)][:2].tolist() == [[44, 45, 46, 47], [48, 49, 50, 51]]  # values of tokens 2, 3
     assert cells[where(0, 2)][0].tolist() == [404, 405, 406, 407]  # slot 2's keys
     assert (cells != 0xFFFF).any(axis=(-1, -2)).sum() == 8
     assert image["cells"].min() == 0xFFFF
@@ -138,9 +138,9 @@ def test_value_sums_grow_token_by_token(image):
 def test_channels_are_written_row_by_row(image):
     """d = 4 channels of 4 tokens are lines 8 to 11; a page holds two channels. Span 1 begins at entry 2."""
     out, _ = run(f"{CONFIG}\nWRITE form=channels slot=1 first=1 line=8", image)
-    # Positions 2 and 3 of slot 1 lie on channels 1 and 0.
-    assert out["cells"][where(1, 0)][:3].reshape(-1).tolist() == [*range(32, 40), *[0xFFFF] * 4]
-    assert out["cells"][where(0, 0)][:2].reshape(-1).tolist() == list(range(40, 48))
+    # Positions 2 and 3 of slot 1 lie on channels 0 and 1.
+    assert out["cells"][where(0, 0)][:3].reshape(-1).tolist() == [*range(32, 40), *[0xFFFF] * 4]
+    assert out["cells"][where(1, 0)][:2].reshape(-1).tolist() == list(range(40, 48))
     np.testing.assert_array_equal(out["groups"], image["groups"])
 
 
@@ -315,7 +315,7 @@ def test_a_reclaimed_block_is_filled_anew(image):
     out, _ = run(fill + refill, image)
     assert out["cells"][where(0, 0)][0].tolist() == [512, 513, 514, 515]
     # All else stays, the erased cells too.
-    assert out["cells"][where(0, 1)][0].tolist() == [4, 5, 6, 7]
+    assert out["cells"][where(0, 1)][0].tolist() == [260, 261, 262, 263]  # values of token 1
     assert run(fill, image)[0]["cells"][where(0, 0)][0].tolist() == [0, 1, 2, 3]
     refused(fill + "WRITE slot=0 tokens=1 line=0 line2=0", "command 8 .WRITE.: the log of channel 0 is full")
     refused(fill + "RECLAIM\nREAD count=1", "page 0 of slot 0 .tokens. was erased")

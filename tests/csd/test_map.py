@@ -34,7 +34,7 @@ SMALL = [
     "engine.lanes=4", "engine.batches=2", "engine.buffer_lines=256", "engine.max_tokens=256",
     "engine.max_channels=16", "attention.page_channels=8", "dram.table_bits=6", "dram.slots=256",
     "dram.vector_lines=2048", "flash.geometry.channels=2", "flash.geometry.chips_per_channel=2",
-    "flash.geometry.planes_per_die=2", "flash.geometry.blocks_per_plane=16", "flash.geometry.pages_per_block=8",
+    "flash.geometry.dies_per_chip=1", "flash.geometry.planes_per_die=2", "flash.geometry.blocks_per_plane=16", "flash.geometry.pages_per_block=8",
     "flash.geometry.page_bytes=512",
 ]  # fmt: skip
 TINY = dataclasses.replace(
