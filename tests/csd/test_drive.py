@@ -295,15 +295,22 @@ def test_layers_that_are_alike_fold(repeats):
 
 
 def test_what_differs_is_simulated(repeats):
-    """A read of a page more in each layer, pages in other planes, and selections that differ."""
-    p = SYSTEM._replace(patterns=2)
-    assert_folds(p, layers(p, 1))
-    assert_folds(p._replace(patterns=4), layers(p, 2))
-    program = layers(p, 4, "READ slot=0 heads=1 count=1 line=9\n")
+    """Selections that differ, and tokens that are written."""
+    p = SYSTEM._replace(patterns=4)
+    assert_folds(p, layers(p, 2))
+    program = layers(p, 4)
     code = program.segments[1].regions["code"]
-    code["count"][code["op"] == arch.OP["READ"]] = np.arange(1, 5)
+    code["tokens"][code["op"] == arch.OP["WRITE"]] = np.arange(1, 5)
     assert_folds(p, program)
-    assert len(repeats) <= 4
+    # LINK, GPU and LINK between the layers are alike; WRITE and ATTEND are not.
+    assert all(end - first == 3 for first, end in repeats)
+
+
+def test_turns_are_part_of_what_is_alike(repeats):
+    """A head goes to the other kernel than the one before."""
+    head = f".segment label={arch.CACHED}\n{CONFIG}WRITE slot=0 tokens=48\n.segment label=run\n{CONFIG}"
+    assert_folds(P, arch.ISA.assemble(head + "ATTEND slot=0 tokens=48 after=4\n" * 12))
+    assert repeats
 
 
 @settings(deadline=None, max_examples=25)
