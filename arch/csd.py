@@ -201,7 +201,7 @@ class EngineSection(Section):
     """
 
     clock_mhz: Positive
-    kernels: Annotated[int, Limits(ge=1, le=2)]
+    kernels: Annotated[int, Limits(ge=1, le=8)]
     lanes: Annotated[int, Limits(ge=2, le=64)]
     batches: Annotated[int, Limits(ge=2, le=16)]
     buffer_lines: Annotated[int, Limits(ge=2, le=1 << 20)]
@@ -658,12 +658,13 @@ def channel_of(slot: Any, position: Any, channels: int) -> Any:
     """The flash channel of a slot's page by its position in the table, for a power of two of channels.
 
     Slots begin on different channels. Even positions, as keys have them, go over all channels one by one, and so do odd
-    ones, half of the channels apart.
+    ones, half of the channels apart; from round to round all move on by one, so that spans of many groups differ, too.
 
-    >>> [channel_of(5, position, 4) for position in range(8)]
-    [1, 3, 2, 0, 3, 1, 0, 2]
+    >>> [channel_of(5, position, 4) for position in range(16)]
+    [1, 3, 2, 0, 3, 1, 0, 2, 2, 0, 3, 1, 0, 2, 1, 3]
     """
-    return (slot + (position >> 1) + (position & 1) * (channels >> 1)) % channels
+    pair = position >> 1
+    return (slot + pair + pair // channels + (position & 1) * (channels >> 1)) % channels
 
 
 def log_address(f: FlashParams, order: str, position: int) -> dict[str, int]:

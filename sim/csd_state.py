@@ -224,7 +224,8 @@ def rest(d, unit, now):
 @njit(**INNER)
 def channel_of(slot, position, channels):
     """`arch.csd.channel_of`."""
-    return (slot + (position >> 1) + (position & 1) * (channels >> 1)) & (channels - 1)
+    pair = position >> 1
+    return (slot + pair + pair // channels + (position & 1) * (channels >> 1)) & (channels - 1)
 
 
 @njit(**INNER)

@@ -72,8 +72,11 @@ class PageTables(wiring.Component):
         )
 
         def channel(entry):
+            if channels == 1:
+                return 0
+            pair, bits = entry.position >> 1, channels.bit_length() - 1
             half = Mux(entry.position[0], channels >> 1, 0)
-            return (entry.slot + (entry.position >> 1) + half)[: channels.bit_length() - 1] if channels > 1 else 0
+            return (entry.slot + pair + (pair >> bits) + half)[:bits]
 
         with m.If(self.lookup):
             m.d.sync += self.channel.eq(channel(self.entry))
