@@ -12,6 +12,7 @@ from tilewright.arch import csd as arch
 from tilewright.arch.csd_pages import PageTables, Selection
 from tilewright.rtl.cosim.cases import Case
 from tilewright.rtl.csd import run as bench
+from tilewright.sim import csd_fold
 from tilewright.sim.csd import simulate
 from tilewright.verify.engine import one_by_one
 from tilewright.workloads.csd import blank_image
@@ -247,3 +248,82 @@ def test_segments_are_joined_tags_grow_and_commands_are_kept():
     assert timeline.log[["segment", "index"]].tolist() == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 0)]
     assert seen[-1] == (2, 2) and timeline.counter("gpu_ops") == 40 + 3 * 90
     assert timeline.unit("gpu")["busy"] == 5 + 20 + 3 * (5 + 45)
+
+
+# ---- folding ------------------------------------------------------------------------------------------
+
+
+def assert_folds(p, program):
+    """Whatever was folded: all is as without."""
+    folded, plain = (simulate(p, program, fold=fold, trace=1000) for fold in (True, False))
+    for name in ("ticks", "events"):
+        assert getattr(folded, name) == getattr(plain, name)
+    for name in ("activity", "counters", "spans", "log"):
+        assert np.array_equal(getattr(folded, name), getattr(plain, name)), name
+
+
+def layers(p, count, between=""):
+    """Layers of attention and GPU: of each, two heads of 19 tokens and a span."""
+    slots = [2 * (n % (p.slots // 2)) for n in range(count)]
+    config = CONFIG.replace("CONFIG", "CONFIG attention=sparf r=2 k=3 mean=1")
+    filled = "".join(
+        f"WRITE slot={s} heads=2 tokens=19\nWRITE form=channels slot={s} heads=2\n" for s in sorted({*slots})
+    )
+    steps = "".join(
+        f"GPU operations=90 after=2 tag=gpu{s % 3}\nLINK path=host bytes=9 after=1\nWRITE slot={s} heads=2 first=19 tokens=1 after=2\n"
+        f"ATTEND slot={s} heads=2 tokens=20 spans=1 tag=attend\n{between}LINK path=host bytes=9 after=4\n"
+        for s in slots
+    )
+    return arch.ISA.assemble(
+        f".segment label={arch.CACHED}\n{config}{filled}.segment label=step\n{config}{steps}"
+    )
+
+
+@pytest.fixture
+def repeats(monkeypatch):
+    """Stretches that were not simulated again: a list that grows."""
+    done = []
+    repeat = csd_fold.Memory._repeat
+    monkeypatch.setattr(csd_fold.Memory, "_repeat", lambda *a: (done.append(a[2:4]), repeat(*a)))
+    return done
+
+
+def test_layers_that_are_alike_fold(repeats):
+    p = SYSTEM._replace(patterns=2)
+    assert_folds(p, layers(p, 12))
+    assert len(repeats) >= 2 * 8
+
+
+def test_what_differs_is_simulated(repeats):
+    """Selections that differ, and tokens that are written."""
+    p = SYSTEM._replace(patterns=4)
+    assert_folds(p, layers(p, 2))
+    program = layers(p, 4)
+    code = program.segments[1].regions["code"]
+    code["tokens"][code["op"] == arch.OP["WRITE"]] = np.arange(1, 5)
+    assert_folds(p, program)
+    # LINK, GPU and LINK between the layers are alike; WRITE and ATTEND are not.
+    assert all(end - first == 3 for first, end in repeats)
+
+
+def test_turns_are_part_of_what_is_alike(repeats):
+    """A head goes to the other kernel than the one before."""
+    head = f".segment label={arch.CACHED}\n{CONFIG}WRITE slot=0 tokens=48\n.segment label=run\n{CONFIG}"
+    assert_folds(P, arch.ISA.assemble(head + "ATTEND slot=0 tokens=48 after=4\n" * 12))
+    assert repeats
+
+
+@settings(deadline=None, max_examples=25)
+@given(programs(), st.integers(2, 4), st.integers(0, 1 << 14))
+def test_folding_changes_nothing(text, times, waits):
+    lines = text.splitlines()
+    body = [
+        line.split(" after")[0] + (" after=4" if waits >> i & 1 and not line.startswith("CONFIG") else "")
+        for i, line in enumerate(lines)
+    ]
+    program = arch.ISA.assemble("\n".join([*lines, *body * times]))
+    try:
+        simulate(P, program)
+    except ValueError:  # the logs are full
+        return
+    assert_folds(P, program)
