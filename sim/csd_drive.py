@@ -9,7 +9,8 @@ others from the next one on; what a unit does in a tick follows from what was at
   to the one in which it is complete, an ATTEND to the one in which its last head is handed to a kernel. The run ends
   with a tick that finds everything at rest, background programs and erases included.
 - *GPU and link* take their commands in order, from the tick after dispatch on, each for as long as its amount takes.
-- *Hand-over*: the heads of the ATTEND at the head of the reads go to kernels that are at rest, one a tick, round robin.
+- *Hand-over*: the heads of the oldest ATTEND go to kernels that are at rest, or take the next head while they end one, one
+  a tick, round robin.
 - *Filters*: each kernel's works for one pass at a time. It looks at one page a tick, after taking the words of its mask,
   `lanes` entries a tick, and not before the kernel has room for its rows. A page in flash needs the lookup, one a tick,
   round robin over kernels and mover; it is in the register behind it from the next tick on, until its controller
@@ -399,7 +400,7 @@ def _takes(d, k, now):
 
 @njit(**INNER)
 def _hand_over(p, d, now):
-    """The next head of an ATTEND goes to a kernel that is at rest."""
+    """The next head of an ATTEND goes to a kernel that takes one."""
     one = d.one
     one[HAND_NEXT] = _NEVER
     if d.level[_READS] == 0:

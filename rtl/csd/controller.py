@@ -1,6 +1,6 @@
 """The NAND flash controller of a channel: cells, the channel in time, and the filter that forwards rows."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
@@ -208,7 +208,7 @@ class PortSwitch(wiring.Component):
     Members
     -------
     ======== === ======= ============================================
-    clear    In  1       nobody has the port
+    clear    In  1       nobody has the port, and the first one comes first
     requests In  sources
     releases In  sources its last line is forwarded in this tick
     grant    Out sources one-hot
@@ -223,7 +223,8 @@ class PortSwitch(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.turn = turn = RoundRobin(count=self._sources)
+        turn = RoundRobin(count=self._sources)
+        m.submodules.turn = ResetInserter(self.clear)(turn)
         taken = Signal()
         free = ~taken | self.releases.any()
         m.d.comb += [

@@ -1,6 +1,6 @@
 """What the attention kernels share with each other, and with the writer: the vectors, and the argtopk unit."""
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Module, Mux, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
@@ -24,7 +24,7 @@ class Turns(wiring.Component):
     Members
     -------
     ======== === ===== ==================================================================
-    clear    In  1     nobody has it
+    clear    In  1     nobody has it, and the first one comes first
     wants    In  users
     releases In  users it is his for the last time; in the next tick the unit is free
     has      Out users one-hot; from the tick in which the unit is free and he wants it
@@ -37,7 +37,8 @@ class Turns(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.turn = turn = RoundRobin(count=self._users)
+        turn = RoundRobin(count=self._users)
+        m.submodules.turn = ResetInserter(self.clear)(turn)
         owner = Signal(self._users)
         m.d.comb += [
             turn.requests.eq(self.wants),
