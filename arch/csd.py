@@ -917,8 +917,8 @@ def check(p: CsdParams, code: np.ndarray, where: str = "") -> None:
         (config & ((f["page_channels"] < 1) | (span < 1) | (f["page_channels"] * span > page)),
          f"page_channels * span must be in 1..{page}, the elements of a page"),
         (config & (f["page_tokens"] > part // np.maximum(d, 1) // p.lanes * p.lanes),
-         f"page_tokens must be at most the rows that a part of an operand buffer, {part} elements, takes, whole groups of "
-         f"{p.lanes}"),
+         (f"page_tokens must be at most the rows that a part of an operand buffer, {part} elements, takes, whole groups "
+          f"of {p.lanes}")),
         (config & (span % p.lanes != 0), f"span must be a multiple of {p.lanes}"),
         (config & (span % rows != 0), "span must be a multiple of page_tokens: whole groups are transposed"),
         (config & (d % np.maximum(f["page_channels"], 1) != 0), "page_channels must divide d"),

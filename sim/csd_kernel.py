@@ -40,7 +40,14 @@ _TOKENS, _SPANS, _TAG, _ATTENTION, _D, _GROUP, _R, _K = 3, 4, 13, 14, 15, 16, 17
 _MEAN, _PAGE_TOKENS, _PAGE_CHANNELS, _SPAN = 20, 21, 22, 23
 assert [
     *(csd_state.TOKENS, csd_state.SPANS, csd_state.TAG, csd_state.ATTENTION, csd_state.D, csd_state.GROUP),
-    *(csd_state.R, csd_state.K, csd_state.MEAN, csd_state.PAGE_TOKENS, csd_state.PAGE_CHANNELS, csd_state.SPAN),
+    *(
+        csd_state.R,
+        csd_state.K,
+        csd_state.MEAN,
+        csd_state.PAGE_TOKENS,
+        csd_state.PAGE_CHANNELS,
+        csd_state.SPAN,
+    ),
 ] == [_TOKENS, _SPANS, _TAG, _ATTENTION, _D, _GROUP, _R, _K, _MEAN, _PAGE_TOKENS, _PAGE_CHANNELS, _SPAN]
 
 # What the drive knows of a kernel, then its own.
@@ -131,7 +138,11 @@ def _limits(p, d, kernel):
     room = (p.batches - _rows(d, kernel)[1]) * kernel[_FITS]
     if kernel[_FOLLOWING_ASKED] == 1:
         kernel[_LIMIT] = p.batches * kernel[_FITS] if kernel[_MIXED] == 1 else room
-    elif kernel[_ESTIMATING] == 1 or kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and kernel[_VALUES_ASKED] == 0):
+    elif (
+        kernel[_ESTIMATING] == 1
+        or kernel[_MIXED] == 1
+        or (kernel[_LATER] == 1 and kernel[_VALUES_ASKED] == 0)
+    ):
         kernel[_LIMIT] = _UNLIMITED
     elif kernel[_VALUES_ASKED] == 1 and kernel[_LATER] == 0:
         kernel[_LIMIT] = room
@@ -363,10 +374,9 @@ def step(p, d, k, now):
     kernel = d.kernels[k]
     phase = kernel[_PHASE]
     # What ends with the drive's word.
-    if phase == _BEGIN:
-        kernel[_DUE] = now
-    elif (
-        (phase == _LOAD and kernel[_READ_LEFT] == 0)
+    if (
+        phase == _BEGIN
+        or (phase == _LOAD and kernel[_READ_LEFT] == 0)
         or (phase == _STORE and kernel[_WRITE_LEFT] == 0)
         or (phase == _SUMS and kernel[_SUM_LEFT] == 0)
         or (phase == _TURNS and kernel[_TOPK_WANTS] == 0)
@@ -390,9 +400,9 @@ def step(p, d, k, now):
         _asks(p, d, kernel)
     # The next head may be taken while the last batch of values is worked on.
     kernel[_TAKES] = 0
-    if kernel[_VALUES_ASKED] == 1 and kernel[_ESTIMATES] == 0 and kernel[_PHASE] != _STORE:
-        if kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and _rows(d, kernel)[1] < p.batches):
-            kernel[_TAKES] = 1
+    ends = kernel[_VALUES_ASKED] == 1 and kernel[_ESTIMATES] == 0 and kernel[_PHASE] != _STORE
+    if ends and (kernel[_MIXED] == 1 or (kernel[_LATER] == 1 and _rows(d, kernel)[1] < p.batches)):
+        kernel[_TAKES] = 1
     kernel[_NEXT] = kernel[_DUE]
 
 

@@ -98,7 +98,10 @@ class Intake(wiring.Component):
         )
         fits = [0, *(buffered_rows(p, n) for n in range(1, p.max_channels // p.lanes + 1))]
         mine, column = Signal(), Signal()
-        part, ahead = Signal.like(self.part), Signal.like(self.part)  # of the line; batches before its own in the pass
+        part, ahead = (
+            Signal.like(self.part),
+            Signal.like(self.part),
+        )  # of the line; batches before its own in the pass
         offset, row, within = Signal(TOKEN_BITS), Signal(TOKEN_BITS), Signal(TOKEN_BITS)
         m.d.comb += [
             self.rows.eq(Array(fits)[self.row_lines]),
@@ -108,9 +111,7 @@ class Intake(wiring.Component):
             part.eq(Mux(self.estimating, line.turn, self.part + ahead + Mux(mine, 0, self.left))),
             column.eq(self.estimating & (self.span + (line.turn - self.part)[: len(part)] >= self.spans)),
             self.word.eq(line.word),
-            row.eq(
-                Mux(column, self.prefix, Mux(self.estimating, line.row, offset - ahead * self.rows))
-            ),
+            row.eq(Mux(column, self.prefix, Mux(self.estimating, line.row, offset - ahead * self.rows))),
             within.eq(Mux(column, line.row >> place, line.word)),
             operands.stride.eq(Mux(self.estimating, self.span_lines, self.row_lines)),
             operands.write.eq(self.valid),

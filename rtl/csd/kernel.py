@@ -175,8 +175,13 @@ class AttentionKernel(wiring.Component):
         )
 
         # ---- batches ----
-        base, batch = Signal(TOKEN_BITS), Signal(range(p.batches))  # first row of the batch, and the part where it is
-        batches_left = Signal(range(p.batches + 1))  # batches of the pass from this one on, at most as many as there are parts
+        base, batch = (
+            Signal(TOKEN_BITS),
+            Signal(range(p.batches)),
+        )  # first row of the batch, and the part where it is
+        batches_left = Signal(
+            range(p.batches + 1)
+        )  # batches of the pass from this one on, at most as many as there are parts
         later = Signal()  # lines that come belong to values
         spans_done, asked_spans = Signal(TOKEN_BITS), Signal(TOKEN_BITS)
         rows, step, total = Signal(TOKEN_BITS), Signal(TOKEN_BITS), Signal(TOKEN_BITS)
@@ -220,11 +225,17 @@ class AttentionKernel(wiring.Component):
             near.eq(batches_left != p.batches),
             room.eq((p.batches - batches_left) * intake.rows),
             takes.eq(
-                self.busy & ~estimates & values_asked & (mixed | (later & near)) & ~follows & self.ask.ready
+                self.busy
+                & ~estimates
+                & values_asked
+                & (mixed | (later & near))
+                & ~follows
+                & self.ask.ready
                 & ~self.vector_write
             ),
             ahead.eq(
-                follows & ~following_asked
+                follows
+                & ~following_asked
                 & ~((c.attention == ATTENTIONS.index("sparf")) & (c.k < following.tokens))
             ),
             by_channels.eq(estimating & (asked_spans < head.spans)),

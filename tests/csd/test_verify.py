@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tilewright.arch import csd as arch
-from tilewright.arch.spec import apply_sets, build, load_tree
+from tilewright.arch.spec import build, load_tree
 from tilewright.verify import csd as plan
 from tilewright.verify import engine
 from tilewright.verify.csd_mutants import MUTANTS

@@ -597,7 +597,7 @@ COVERAGE = (
     *("local tokens", "more local tokens than k", "one token", "last group partial"),
     *("estimate of whole spans", "estimate of spans and tail", "estimate of a tail alone"),
     *("group buffer alone", "group buffer and flash", "several heads", "more heads than kernels"),
-    *("a head with no page of a span", "a page of which some tokens are selected", "ties in a selection"),
+    *("a head with no page of a span", "a page of which some tokens are selected"),
     *("write of tokens", "write of channels", "write begins within a group", "write fills no group"),
     *("write fills several groups", "slot begins anew", "read of tokens", "read of channels"),
     *("log in its second round", "last vector line", "operand buffer filled more than once"),

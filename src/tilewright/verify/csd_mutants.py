@@ -56,7 +56,11 @@ MUTANTS = (
     ),
     Mutant(
         "rtl: values that come while keys are worked on have all parts",
-        partial(_kernel, "Mux(values_asked & ~later, room, base + p.batches * intake.rows)", "base + p.batches * intake.rows"),
+        partial(
+            _kernel,
+            "Mux(values_asked & ~later, room, base + p.batches * intake.rows)",
+            "base + p.batches * intake.rows",
+        ),
         _SMALL,
         24,
     ),
@@ -84,7 +88,9 @@ MUTANTS = (
     ),
     Mutant(
         "rtl: local tokens are not preferred",
-        partial(_rtl, "argtopk", "ArgTopK.elaborate", "Mux(self.local < self.n, self.n - self.local, 0)", "self.n"),
+        partial(
+            _rtl, "argtopk", "ArgTopK.elaborate", "Mux(self.local < self.n, self.n - self.local, 0)", "self.n"
+        ),
         _TWO,
         24,
     ),
