@@ -48,7 +48,7 @@ Waves = Annotated[str | None, Option(metavar="FILE.vcd", help="Write the RTL's w
 Subject = Annotated[str, Argument(metavar="TARGET|SPEC|REPLAY.json", help="Also a mismatch that was kept.")]
 Structures = Annotated[int | None, Option("--specs", metavar="N", help="Random specs.")]
 Programs = Annotated[int | None, Option(metavar="N", help="Random programs for each spec.")]
-Target = Annotated[str, Argument(metavar="TARGET", help="A target with published rows: lut, pim.")]
+Target = Annotated[str, Argument(metavar="TARGET", help="A target with published rows: lut, pim, rdu, csd.")]
 AsPublished = Annotated[
     int | None, Option("--generate", help="Tokens to generate, as published unless given.")
 ]

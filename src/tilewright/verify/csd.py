@@ -685,7 +685,7 @@ def _count_attention(
     out["estimate of whole spans" if whole == tokens else "estimate of spans and tail"] += whole > 0
     out["estimate of a tail alone"] += whole == 0
     used = selection.channels.reshape(f["heads"], -1, config["page_channels"]).any(axis=-1)
-    out["a head with no page of a span"] += int((~used).any(axis=1).sum()) if whole else 0
+    out["a head with no page of a span"] += int(np.count_nonzero(np.any(~used, axis=1))) if whole else 0
     padded = np.zeros((f["heads"], groups * size), np.bool_)
     padded[:, :tokens] = selection.tokens
     chosen = padded.reshape(f["heads"], groups, size)

@@ -100,12 +100,6 @@ MUTANTS = (
         _TWO,
     ),
     Mutant(
-        "rtl: the argtopk unit goes to the first kernel whenever both want it",
-        partial(_rtl, "vectors", "Turns.elaborate", "turn.ready.eq(~owner.any())", "turn.ready.eq(0)"),
-        _TWO,
-        24,
-    ),
-    Mutant(
         "model: exponentials take a tick more",
         partial(told, sim, lambda p: p._replace(exp_latency=p.exp_latency + 1)),
         _ONE,
