@@ -115,6 +115,9 @@ def test_a_refusal_in_another_process_arrives():
     good, bad = (Job("pim-gpt", "gpt2-small", Scenario(generate=n, lm_head=False)) for n in (1, 1025))
     with pytest.raises(UserError, match="1024 positions"):
         run_jobs([good, bad, good])
+    assert [o.job for o in run_jobs([bad._replace(optional=True), good, bad._replace(optional=True)])] == [
+        good
+    ]
 
 
 def test_steps_by_hand():

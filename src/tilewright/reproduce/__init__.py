@@ -157,11 +157,12 @@ def reproduce(slug: str, generate: int | None = None, progress: Progress | None 
     n = theirs.generate if generate is None else generate
     outcomes = run_jobs(how.jobs(n), progress)
     ours = how.rows(outcomes)
-    rows = {key: Row(key, row, ours[key]) for key, row in theirs.rows.items()}
+    rows = {key: Row(key, row, ours[key]) for key, row in theirs.rows.items() if key in ours}
     spec = load_device(how.SPEC)
-    return Reproduction(
-        theirs, spec, n, list(rows.values()), how.models(outcomes), how.HEADINGS, how.remarks(rows)
-    )
+    remarks = list(how.remarks(rows))
+    if missing := [row.title for key, row in theirs.rows.items() if key not in ours]:
+        remarks.append(f"left out, since they can't be run: {', '.join(missing)}")
+    return Reproduction(theirs, spec, n, list(rows.values()), how.models(outcomes), how.HEADINGS, remarks)
 
 
 def sensitivity(slug: str, generate: int | None = None, progress: Progress | None = None) -> Sensitivity:

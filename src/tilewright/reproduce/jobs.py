@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tilewright.arch.errors import UserError
 from tilewright.arch.scenario import Progress, Scenario
 from tilewright.devices import load_device
 from tilewright.run import run
@@ -16,13 +17,15 @@ from tilewright.workloads.models import load_model
 
 
 class Job(NamedTuple):
-    """A model on a device; `mapping` overrides choices of a target's mapper."""
+    """A model on a device; `mapping` overrides choices of a target's mapper. Where an `optional` one can't run, its outcome is
+    left out."""
 
     spec: str
     model: str
     scenario: Scenario
     sets: tuple[str, ...] = ()
     mapping: Mapping[str, Any] | None = None
+    optional: bool = False
 
 
 class Outcome(NamedTuple):
@@ -46,21 +49,31 @@ def run_job(job: Job) -> Outcome:
     return Outcome(job, r.cycles, float(r.time_s), r.energy_j, r.counters, r.units, operators, r.lower_bound)
 
 
+def _run(job: Job) -> Outcome | None:
+    """As `run_job`, but nothing for an optional job that can't run."""
+    try:
+        return run_job(job)
+    except UserError:
+        if job.optional:
+            return None
+        raise
+
+
 def run_jobs(jobs: Sequence[Job], progress: Progress | None = None) -> list[Outcome]:
-    """The outcomes in the order of the jobs. Raises UserError.
+    """The outcomes in the order of the jobs, without those of optional ones that can't run. Raises UserError.
 
     The first runs in this process, so that kernels which have to be compiled are compiled once.
     """
-    done = {0: run_job(jobs[0])} if jobs else {}
+    done = {0: _run(jobs[0])} if jobs else {}
     if progress is not None:
         progress(len(done), len(jobs))
     if len(jobs) <= 1:
-        return list(done.values())
+        return [outcome for outcome in done.values() if outcome]
     # A fresh process each: a copy of this one would hold threads (of the progress bar) that do not run in it.
     context = multiprocessing.get_context("spawn")
     workers = min(len(jobs) - 1, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
-        futures = {pool.submit(run_job, job): i for i, job in enumerate(jobs) if i}
+        futures = {pool.submit(_run, job): i for i, job in enumerate(jobs) if i}
         try:
             for future in as_completed(futures):
                 done[futures[future]] = future.result()
@@ -69,7 +82,7 @@ def run_jobs(jobs: Sequence[Job], progress: Progress | None = None) -> list[Outc
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [done[i] for i in range(len(jobs))]
+    return [outcome for i in range(len(jobs)) if (outcome := done[i])]
 
 
 def _quiet() -> None:
