@@ -544,6 +544,7 @@ def _array(values: object) -> np.ndarray:
 # Adders and multipliers take one tick and are registered behind. `lanes` is a power of two.
 
 LANE_TICKS = 2  # a multiplication, then an addition: one step of the softmax and scalar units
+VECTOR_TICKS = 3  # of the vector unit: from a memory's address to its word, its product, its sum
 KEY_BITS = FP16.width + 1  # of the argtopk unit: an FP16 encoding, and whether the token is local
 
 

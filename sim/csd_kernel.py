@@ -25,11 +25,11 @@ _INVERSE, _TAU, _COVERAGE, _FACTORS = range(4)
 assert tuple(arch.scalar_programs(1, 1)) == ("inverse", "tau", "coverage", "factors")
 _PASSES = 18  # of the argtopk unit
 assert arch.argtopk_ticks(1, 1) == 2 * _PASSES
-_LANE_TICKS, _HALVES = (
+_LANE_TICKS, _VECTOR_TICKS = (
     2,
     3,
 )  # of a scalar step; from a memory's address to what the vector unit makes of its word
-assert arch.LANE_TICKS == _LANE_TICKS
+assert (arch.LANE_TICKS, arch.VECTOR_TICKS) == (_LANE_TICKS, _VECTOR_TICKS)
 _TOPK_RELEASE = 27
 assert csd_state.TOPK_RELEASE == _TOPK_RELEASE
 _BY_CHANNELS = 1
@@ -202,7 +202,7 @@ def _rank(p, d, k, first):
     tag = command[_TAG]
     n = command[_TOKENS] if kernel[_OF_TOKENS] == 1 else command[_D]
     words = -(-n // p.lanes)
-    start = first + command[_GROUP] * words + _HALVES
+    start = first + command[_GROUP] * words + _VECTOR_TICKS
     last = start + _PASSES * (words + 1)
     charge(d, _KERNEL + k, _BUSY, tag, first)
     charge(d, _KERNEL + k, _ARGTOPK, tag, start + 1)
@@ -277,7 +277,7 @@ def _join(d, k, first):
     command = d.code[kernel[_COMMAND]]
     ticks = command[_GROUP] * kernel[_LINES] * (2 if command[_MEAN] == 1 and kernel[_ESTIMATES] == 1 else 1)
     charge(d, _KERNEL + k, _BUSY, command[_TAG], first)
-    kernel[_PHASE], kernel[_DUE] = _FIRST_LINE, first + ticks + _HALVES
+    kernel[_PHASE], kernel[_DUE] = _FIRST_LINE, first + ticks + _VECTOR_TICKS
 
 
 @njit(**INNER)

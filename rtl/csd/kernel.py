@@ -5,7 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.utils import bits_for
 
-from tilewright.arch.csd import ATTENTIONS, CAUSES, FORMS, TOKEN_BITS, CsdParams
+from tilewright.arch.csd import ATTENTIONS, CAUSES, FORMS, TOKEN_BITS, VECTOR_TICKS, CsdParams
 from tilewright.arch.formats import FP16, FP32
 from tilewright.rtl.csd.argtopk import tree_sum
 from tilewright.rtl.csd.gemv import GemvUnit
@@ -23,7 +23,7 @@ __all__ = ["AttentionKernel"]
 _TOKENS, _CHANNELS = FORMS.index("tokens"), FORMS.index("channels")
 _FLASH, _ARGTOPK, _QUEUE, _IDLE = (CAUSES.index(name) for name in ("flash", "argtopk", "queue", "idle"))
 _ONE = 127 << 23  # FP32
-_DATA, _HALVES = 1, 3  # ticks from a memory's address to its word, and to what the vector unit makes of it
+_DATA = 1  # ticks from a memory's address to its word
 
 
 def count(m, *levels):
@@ -108,7 +108,7 @@ class AttentionKernel(wiring.Component):
         h, w = Signal(range(heads)), Signal(word_bits)
         item, part = Signal(TOKEN_BITS), Signal()  # a token, row, group or word of weights; one of two
         element = Signal(TOKEN_BITS)
-        rest = Signal(range(p.exp_latency + p.reduce_latency + p.gemv_latency + _HALVES + 2))
+        rest = Signal(range(p.exp_latency + p.reduce_latency + p.gemv_latency + VECTOR_TICKS + 2))
         of_tokens = Signal()  # what is ranked
         values, mixed = Signal(), Signal()  # the phase is that of values; they are mixed
 
@@ -390,7 +390,7 @@ class AttentionKernel(wiring.Component):
             scores.read_enable.eq(weighs),
             scores.read_address.eq(item[:token_bits] | h << token_bits),
             softmax.valid.eq(delay(m, weighs, _DATA, name="weighs", reset_less=False)),
-            softmax.last.eq(item_data == total_of(m, estimating, head.tokens, needed) - 1),
+            softmax.last.eq(item_data == total - 1),
             softmax.score.eq(scores.read_data),
             softmax.top.eq(top[h_data]),
             softmax.scale.eq(Mux(estimating, tau[h_data], c.scale)),
@@ -463,13 +463,15 @@ class AttentionKernel(wiring.Component):
 
         # ---- keys of the argtopk unit, and what it selects ----
         ranked_word = Mux(of_tokens, item, w)
-        plain = delay(m, ranked, _HALVES - _DATA, name="plain")
+        plain = delay(m, ranked, VECTOR_TICKS - _DATA, name="plain")
         before = Signal(len(chosen))
         write_channels, write_tokens = channel_masks.write_port(), token_masks.write_port()
         write_prefix = prefixes.write_port()
         m.d.comb += [
-            self.topk_write.eq(delay(m, ranks & (h == group - 1), _HALVES, name="ranks", reset_less=False)),
-            self.topk_address.eq(delay(m, ranked_word, _HALVES, name="ranked_word")),
+            self.topk_write.eq(
+                delay(m, ranks & (h == group - 1), VECTOR_TICKS, name="ranks", reset_less=False)
+            ),
+            self.topk_address.eq(delay(m, ranked_word, VECTOR_TICKS, name="ranked_word")),
             self.topk_keys.eq(Mux(group == 1, plain, vector.halves)),
             self.topk_n.eq(Mux(of_tokens, head.tokens, c.d)),
             self.topk_take.eq(Mux(of_tokens, c.k, chosen)),
@@ -490,8 +492,8 @@ class AttentionKernel(wiring.Component):
 
         # ---- lines in and out ----
         taken = Signal(len(self.vector_from))
-        joined = delay(m, joins & (part == mean), _HALVES, name="joined", reset_less=False)
-        joined_at = delay(m, Cat(w, h), _HALVES, name="joined_at")
+        joined = delay(m, joins & (part == mean), VECTOR_TICKS, name="joined", reset_less=False)
+        joined_at = delay(m, Cat(w, h), VECTOR_TICKS, name="joined_at")
         loaded = delay(m, loads, _DATA, name="loaded", reset_less=False)
         summed = delay(m, self.sum_read & self.sum_reads, _DATA, name="summed", reset_less=False)
         m.d.comb += [
@@ -610,7 +612,7 @@ class AttentionKernel(wiring.Component):
                 with m.Else():
                     with m.If(count(m, (h, group), (w, row_lines))):
                         m.next = "RANKED"
-            settle("RANKED", _HALVES, "START")
+            settle("RANKED", VECTOR_TICKS, "START")
             with m.State("START"):
                 m.d.comb += self.topk_start.eq(1)
                 m.next = "SELECT"
@@ -676,7 +678,7 @@ class AttentionKernel(wiring.Component):
 
             with m.State("SOFTMAX"):
                 m.d.comb += weighs.eq(1)
-                with m.If(count(m, (item, total_of(m, estimating, head.tokens, needed)))):
+                with m.If(count(m, (item, total))):
                     m.next = "WEIGHED"
             settle("WEIGHED", p.exp_latency + p.reduce_latency, "INVERT")
             compute(
@@ -716,7 +718,7 @@ class AttentionKernel(wiring.Component):
                 with m.If(count(m, (part, 1 + mean), (w, row_lines), (h, group))):
                     m.d.sync += taken.eq(0)
                     m.next = "JOINED"
-            settle("JOINED", _HALVES, "FIRST")
+            settle("JOINED", VECTOR_TICKS, "FIRST")
             with m.State("FIRST"):
                 # The line to be written is read a tick ahead. A head is fetched for until its last page was looked at.
                 over = self.ask.ready | follows
@@ -755,8 +757,3 @@ class AttentionKernel(wiring.Component):
             Assert(~(self.topk_write | self.topk_start) | self.topk_has, "the argtopk unit is not its own"),
         ]
         return m
-
-
-def total_of(m, estimating, tokens, needed):
-    """Scores of a softmax."""
-    return Mux(estimating, tokens, needed)

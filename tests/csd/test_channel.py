@@ -221,6 +221,8 @@ def test_a_full_channel_takes_nothing_and_clear_empties_it():
     def drive(tick, _):
         return {"push": tick < 2, "clear": tick == 4, "kind": READ}
 
-    seen = play(unit, 7, drive, ["ready", "held"])
+    seen = play(unit, 7, drive, ["ready", "held", "bus"])
     assert [s["ready"] for s in seen] == [1, 1, 0, 0, 0, 1, 1]
     assert [s["held"] for s in seen] == [0, 1, 3, 3, 3, 0, 0]
+    # No time is told, so that the first command stays on the bus until it is cleared.
+    assert [s["bus"] for s in seen] == [0, 1, 1, 1, 1, 0, 0]
