@@ -1,11 +1,13 @@
 """A GPU with a drive in time: a Program in, a Timeline out.
 
 `sim/csd_drive.py` says what happens on which tick. Here commands are given the numbers of their pages, which follow
-from the order of the program alone (`arch.csd_pages.PageTables`), and the masks of what heads select. That is done block
-by block: a CONFIG waits until the drive is at rest, so that nothing but GPU and link reaches from one block into the next.
+from the order of the program alone (`sim/csd_tables.py`), and the masks of what heads select, if they are not folded
+(`sim/csd_fold.py`). That is done block by block: a CONFIG waits until the drive is at rest, so that nothing but GPU and
+link reaches from one block into the next.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,16 +16,18 @@ import numpy as np
 
 from tilewright.arch import csd as arch
 from tilewright.arch.csd import CsdParams
-from tilewright.arch.csd_pages import Decisions, PageTables, Places
+from tilewright.arch.csd_pages import Decisions, Selection
 from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.arch.trace import LOG
 from tilewright.sim import csd_drive
 from tilewright.sim.csd_flash import grown_channels, new_channels
-from tilewright.sim.csd_fold import Content, Memory, content_of, mark
+from tilewright.sim.csd_fold import Memory, mark
 from tilewright.sim.csd_state import (
     ARRAY,
+    ATTEND,
+    ATTENTION,
     CODE_COLUMNS,
     COUNTERS,
     FETCH_TAG,
@@ -32,13 +36,16 @@ from tilewright.sim.csd_state import (
     FINISH,
     GPU,
     GPU_ROW,
+    HEADS,
     IDLE,
     INDEX,
     K_NEXT,
     KERNEL,
     KERNEL_COLUMNS,
+    LIMIT,
     LINK,
     LINK_ROW,
+    LOCAL,
     LOG_END,
     LOG_FIRST,
     MASKS,
@@ -47,23 +54,30 @@ from tilewright.sim.csd_state import (
     NEVER,
     NOW,
     OP,
-    PAGES,
-    PAGES2,
     PAUSE,
     PUSHED_AT,
+    REST,
     RESUMED,
     S_NEXT,
     SCALARS,
     SETTINGS,
+    SLOT,
+    STOPPED,
     STUCK,
     TAG,
+    TOKENS,
     TOPK_RELEASE,
     WAKES,
+    D,
     Drive,
+    K,
+    R,
 )
+from tilewright.sim.csd_tables import RECLAIMS, REFUSED, Tables
 
 Array = np.ndarray
 _SPARF = arch.ATTENTIONS.index("sparf")
+_AT_REST = 1  # STOPPED
 
 
 # ---- commands -----------------------------------------------------------------------------------------
@@ -78,100 +92,48 @@ class _Piece(NamedTuple):
 
 
 class _Block:
-    """Pieces that are executed without a pause, with the pages and masks of their commands."""
+    """Pieces that are executed without a pause."""
 
-    def __init__(self, p: CsdParams, tables: PageTables, decisions: Decisions, fold: bool) -> None:
-        self._p, self._tables, self._decisions, self._fold = p, tables, decisions, fold
+    def __init__(self, p: CsdParams, decisions: Decisions, fold: bool) -> None:
+        self._p, self._decisions, self._fold = p, decisions, fold
         self.pieces: list[_Piece] = []
-        self.contents: list[Content] = []  # of all commands, for folding
-        self._places: list[Places] = []  # of the present one
-        self._digests: dict[int, bytes] = {}  # of masks by where they begin
-        self._pages: list[Array] = []
-        self._masks: list[Array] = []
-        self._page_count = self._mask_count = 0
-        self._drawn: dict[tuple[int, ...], int] = {}
+        self.masks: list[Array] = []  # digests of what commands select, uint64
+        self.recorded: dict[int, Selection] = {}  # of all commands before
+        self._size = 0
 
     def add(self, segment: int, code: Array) -> None:
-        """Raises ValueError for a command that reads or writes pages that it may not, and for missing decisions."""
-        rows = np.zeros((len(code), CODE_COLUMNS), np.int64)
-        of = arch.configurations(code)
-        for column, name in enumerate(FIELDS):
-            rows[:, column] = code[name]
-        for column, name in enumerate(SETTINGS, len(FIELDS)):
-            rows[:, column] = np.where(of >= 0, code[name][np.maximum(of, 0)], 0)
+        """Raises ValueError for missing decisions."""
+        rows = _rows(code)
         if self._fold:
             mark(rows)
-        for i, record in enumerate(code):
-            self._places = []
-            with _named(segment, i, record):
-                selects = self._place(rows[i], code[of[i]], record)
-            if self._fold:
-                mask = self._digests[int(rows[i, MASKS])] if selects else b""
-                self.contents.append(content_of(self._p, rows[i], self._places, mask))
+        attends = (rows[:, OP] == ATTEND) & (rows[:, ATTENTION] == _SPARF) & (rows[:, K] < rows[:, TOKENS])
+        masks = np.where(attends, 1 + rows[:, SLOT] % self._p.patterns, 0).astype(np.uint64)
+        if not self._decisions.by_pattern:
+            of = arch.configurations(code)
+            for i in np.flatnonzero(code["op"] == arch.OP["ATTEND"]).tolist():
+                with _named(segment, i, code[i]):
+                    selection = self._decisions.of(code[of[i]], code[i])
+                if attends[i]:
+                    self.recorded[self._size + i] = selection
+                    masks[i] = int.from_bytes(hashlib.blake2b(_bits(selection), digest_size=8).digest())
         self.pieces.append(_Piece(segment, code, rows))
+        self.masks.append(masks)
+        self._size += len(code)
 
-    def _place(self, row: Array, config: Any, record: Any) -> bool:
-        """Where the command's pages and masks are; returns whether it has masks."""
-        op, slot, heads = int(record["op"]), int(record["slot"]), int(record["heads"])
-        first, tokens, form = int(record["first"]), int(record["tokens"]), int(record["form"])
-        tables, selects = self._tables, False
-        row[PAGES], row[PAGES2] = self._page_count, self._page_count
-        if op == arch.OP["ATTEND"]:
-            row[PAGES] = self._keep(tables.token_pages(config, slot, heads, tokens))
-            selects = int(config["attention"]) == _SPARF and int(config["k"]) < tokens
-            if selects:
-                row[PAGES2] = self._keep(tables.channel_pages(config, slot, heads, int(record["spans"])))
-            row[MASKS] = self._select(config, record, selects)
-        elif op == arch.OP["WRITE"] and form == arch.FORMS.index("tokens"):
-            row[PAGES2] = self._keep(tables.write_tokens(config, slot, heads, first, tokens))
-        elif op == arch.OP["WRITE"]:
-            row[PAGES2] = self._keep(tables.write_channels(config, slot, heads, first))
-        elif op == arch.OP["TRANSPOSE"]:
-            read, given = tables.transpose(config, slot, heads, first)
-            row[PAGES], row[PAGES2] = self._keep(read), self._keep(given)
-        elif op == arch.OP["READ"]:
-            row[PAGES] = self._keep(tables.read(config, form, slot, heads, first, int(record["count"])))
-        elif op == arch.OP["RECLAIM"]:
-            row[PAGES2] = self._keep(tables.reclaim(int(record["count"])))
-        return selects
+    def command(self, tables: Tables, index: int) -> None:
+        """Do a single command. Raises ValueError for one that reads, writes or erases what it may not."""
+        for piece in self.pieces:
+            if index < len(piece.code):
+                record = piece.code[index]
+                with _named(piece.segment, index, record):
+                    tables.command(piece.code[arch.configurations(piece.code)[index]], record)
+                return
+            index -= len(piece.code)
 
-    def _keep(self, places: Places) -> int:
-        """Keep the pages' numbers; returns where they begin."""
-        begin = self._page_count
-        self._places.append(places)
-        self._pages.append(places.number.ravel().astype(np.uint32))
-        self._page_count += places.number.size
-        return begin
 
-    def _select(self, config: Any, record: Any, selects: bool) -> int:
-        """Keep the masks of an ATTEND, or find those that are alike; returns where they begin."""
-        key: tuple[int, ...] | None = None
-        if self._decisions.by_pattern:
-            if not selects:
-                return 0
-            turn = int(record["slot"]) % self._p.patterns
-            fields = ("d", "r", "k", "local")
-            key = (turn, int(record["heads"]), int(record["tokens"]), *(int(config[f]) for f in fields))
-            if key in self._drawn:
-                return self._drawn[key]
-        selection = self._decisions.of(config, record)
-        if not selects:
-            return 0
-        begin = self._mask_count
-        masks = np.concatenate([selection.channels, selection.tokens], axis=1).astype(np.uint8)
-        self._masks.append(masks.ravel())
-        self._digests[begin] = hashlib.blake2b(masks.tobytes(), digest_size=16).digest()
-        self._mask_count += masks.size
-        if key is not None:
-            self._drawn[key] = begin
-        return begin
-
-    def arrays(self) -> tuple[Array, Array]:
-        """`Drive.pages` and `Drive.masks`."""
-        return (
-            np.concatenate([np.zeros(0, np.uint32), *self._pages]),
-            np.concatenate([np.zeros(0, np.uint8), *self._masks]),
-        )
+def _bits(selection: Selection) -> bytes:
+    """The masks of an ATTEND's heads, channels and then tokens, a byte each."""
+    return np.concatenate([selection.channels, selection.tokens], axis=1).astype(np.uint8).tobytes()
 
 
 @contextmanager
@@ -184,14 +146,103 @@ def _named(segment: int, index: int, record: Any) -> Iterator[None]:
         raise ValueError(f"segment {segment}, command {index} ({name}): {error}") from None
 
 
-def _fill(p: CsdParams, tables: PageTables, segment: int, code: Array) -> None:
-    """What the drive holds when the run begins."""
+def _rows(code: Array) -> Array:
+    """Rows of Drive.code, without pages and masks."""
+    rows = np.zeros((len(code), CODE_COLUMNS), np.int64)
     of = arch.configurations(code)
-    for i, record in enumerate(code):
-        with _named(segment, i, record):
-            if arch.OPS[int(record["op"])].name not in ("CONFIG", "WRITE"):
-                raise ValueError(f"a segment labelled {arch.CACHED} must hold CONFIG and WRITE only")
-            tables.command(code[of[i]], record)
+    for column, name in enumerate(FIELDS):
+        rows[:, column] = code[name]
+    for column, name in enumerate(SETTINGS, len(FIELDS)):
+        rows[:, column] = np.where(of >= 0, code[name][np.maximum(of, 0)], 0)
+    return rows
+
+
+def _fill(p: CsdParams, tables: Tables, segment: int, code: Array) -> None:
+    """What the drive holds when the run begins."""
+    block = _Block(p, Decisions.drawn(p), False)
+    block.add(segment, code)
+    for i in np.flatnonzero(~np.isin(code["op"], (arch.OP["CONFIG"], arch.OP["WRITE"])))[:1].tolist():
+        with _named(segment, i, code[i]):
+            raise ValueError(f"a segment labelled {arch.CACHED} must hold CONFIG and WRITE only")
+    rows, at = block.pieces[0].rows, 0
+    while at < len(rows):
+        at, why = tables.follow(rows, block.masks[0], at, len(rows), np.zeros(len(rows), np.uint64))
+        if why == REFUSED:
+            block.command(tables, at)
+
+
+class _Ahead:
+    """The commands of a block: what is known of them before they are executed, and pages and masks of those that are."""
+
+    def __init__(self, p: CsdParams, tables: Tables, decisions: Decisions, block: _Block, code: Array, before: int):
+        """The block's begin at row `before` of the drive's `code`."""
+        self._p, self._tables, self._decisions, self._block = p, tables, decisions, block
+        self._code, self._before, self._end = code, before, len(code) - 1
+        self._marked = [*np.flatnonzero(code[:, REST]).tolist(), self._end]
+        self._masks = np.zeros(len(code), np.uint64)
+        self._masks[before:-1] = np.concatenate([self._masks[:0], *block.masks])
+        self._estimates = self._masks > 0
+        self._chosen: dict[tuple[int, ...], int] = {}  # where masks begin
+        self._chosen_size = self._page_count = 0
+        self.digests = np.zeros(len(code), np.uint64)
+        self.known = self.placed = before
+        self._follow()
+
+    def _follow(self) -> None:
+        """Go on, where all commands that are known are placed or left out: later ones may write over their pages."""
+        while self.known == self.placed < self._end:
+            self.known, why = self._tables.follow(self._code, self._masks, self.known, self._end, self.digests)
+            if why == REFUSED:
+                self._block.command(self._tables, self.known - self._before)
+                raise AssertionError(f"command {self.known - self._before} was refused for no reason")
+            if why == RECLAIMS and self.known == self.placed:
+                self._block.command(self._tables, self.known - self._before)
+                self.digests[self.known] = self._tables.unlike()
+                self.known += 1
+
+    def leave_out(self, end: int) -> None:
+        """Commands before `end` are done, and no pages are in use."""
+        self.placed = max(self.placed, end)
+        self._page_count = 0
+        self._follow()
+
+    def place(self, d: Drive) -> Drive:
+        """Pages and masks of commands up to the next one that may find the drive at rest."""
+        self._follow()
+        first = self.placed
+        end = min(self._marked[bisect_right(self._marked, first)] if first < self._end else first, self.known)
+        need = self._page_count + self._tables.count(self._code, first, end)
+        if need > len(d.pages):
+            more = np.zeros(2 * need, np.uint32)
+            more[: self._page_count] = d.pages[: self._page_count]
+            d = d._replace(pages=more)
+        self._page_count = self._tables.place(self._code, first, end, d.pages, self._page_count)
+        for i in np.flatnonzero(self._estimates[first:end]).tolist():
+            d = self._choose(d, first + i)
+        self.placed = d.one[LIMIT] = end
+        return d
+
+    def _choose(self, d: Drive, i: int) -> Drive:
+        """Masks of an ATTEND that estimates: those that are alike are there once."""
+        row = self._code[i]
+        selection = self._block.recorded.get(i - self._before)
+        key: tuple[int, ...] = (i,)
+        if selection is None:
+            key = (-1 - row[SLOT] % self._p.patterns, *row[[HEADS, TOKENS, D, R, K, LOCAL]].tolist())
+        if key not in self._chosen:
+            if selection is None:
+                command = dict(zip((*FIELDS, *SETTINGS), row.tolist(), strict=False))
+                selection = self._decisions.of(command, command)
+            masks = np.frombuffer(_bits(selection), np.uint8)
+            end = self._chosen_size + len(masks)
+            if end > len(d.masks):
+                more = np.zeros(2 * end, np.uint8)
+                more[: self._chosen_size] = d.masks[: self._chosen_size]
+                d = d._replace(masks=more)
+            d.masks[self._chosen_size : end] = masks
+            self._chosen[key], self._chosen_size = self._chosen_size, end
+        row[MASKS] = self._chosen[key]
+        return d
 
 
 # ---- the machine --------------------------------------------------------------------------------------
@@ -232,15 +283,15 @@ def _grown(d: Drive, n_tags: int) -> Drive:
 class _Machine:
     """The drive between two blocks."""
 
-    def __init__(self, p: CsdParams, n_tags: int) -> None:
-        self._p = p
-        self._memory = Memory(p)
+    def __init__(self, p: CsdParams, tables: Tables, decisions: Decisions, n_tags: int) -> None:
+        self._p, self._tables, self._decisions = p, tables, decisions
+        self._memory = Memory()
         self.drive = _new_drive(p, n_tags)
 
     def execute(self, block: _Block, last: bool) -> Array:
         """Execute a block; returns first tick and end of each of its commands, [n, 2]."""
         d = self.drive
-        rows = np.concatenate([piece.rows for piece in block.pieces]) if block.pieces else d.code[:0]
+        rows = np.concatenate([d.code[:0], *(piece.rows for piece in block.pieces)])
         highest = int(rows[:, TAG].max(initial=-1)) + 1
         if highest > len(d.counters) - 1:
             d = _grown(d, highest)
@@ -251,19 +302,22 @@ class _Machine:
         end[0, OP] = FINISH if last else PAUSE
         log = np.zeros((before + len(rows) + 1, d.log.shape[1]), np.int64)
         log[:before] = d.log[pending]
-        pages, masks = block.arrays()
-        d = d._replace(code=np.concatenate([d.code[pending], rows, end]), log=log, pages=pages, masks=masks)
+        d = d._replace(code=np.concatenate([d.code[pending], rows, end]), log=log)
         d.one[INDEX] = before
         d.one[[GPU_ROW, LINK_ROW]] = 0
         d.one[RESUMED] = -1
-        self._memory.forget_open()
+        d.code[:before, REST] = 0
+        ahead = _Ahead(self._p, self._tables, self._decisions, block, d.code, before)
+        self._memory.begin(d.code)
         while True:
+            d = ahead.place(d)
             csd_drive.run(self._p, d)
             if d.one[STUCK]:
                 raise AssertionError(f"the drive waits for ever from tick {int(d.one[NOW])} on")
             if d.one[INDEX] == len(d.code) - 1:
                 break
-            self._memory.advance(d, before, block.contents)
+            if d.one[STOPPED] == _AT_REST:
+                self._memory.advance(d, ahead)
         self.drive = d
         return log[before:-1, [LOG_FIRST, LOG_END]]
 
@@ -274,7 +328,7 @@ class _Machine:
         return end
 
 
-def _pieces(p: CsdParams, program: Program, tables: PageTables) -> Iterator[tuple[int, Array]]:
+def _pieces(p: CsdParams, program: Program, tables: Tables) -> Iterator[tuple[int, Array]]:
     """Segments with their repetitions, checked; those of what is cached are done here."""
     begun = False
     for number, segment in enumerate(program.segments):
@@ -311,8 +365,8 @@ def simulate(
         recorded = None if decisions is None else decisions.get("selections")
         decisions = Decisions.drawn(p) if recorded is None else Decisions.recorded(p, recorded)
     tags = list(program.tags)
-    tables = PageTables(p)
-    machine = _Machine(p, len(tags))
+    tables = Tables(p)
+    machine = _Machine(p, tables, decisions, len(tags))
     spans: dict[int, Array] = {}
     logs: list[Array] = []
     kept = 0
@@ -331,11 +385,11 @@ def simulate(
         if progress and block.pieces:
             progress(block.pieces[-1].segment + 1, steps)
 
-    block = _Block(p, tables, decisions, fold)
+    block = _Block(p, decisions, fold)
     for number, code in _pieces(p, program, tables):
         if block.pieces and len(code) and code["op"][0] == arch.OP["CONFIG"]:
             execute(block, False)
-            block = _Block(p, tables, decisions, fold)
+            block = _Block(p, decisions, fold)
         block.add(number, code)
     execute(block, True)
     end = machine.finish()

@@ -131,6 +131,7 @@ from tilewright.sim.csd_state import (
     K_TURN,
     K_VALUES,
     KERNEL,
+    LIMIT,
     LINK,
     LINK_BYTES,
     LINK_END,
@@ -339,6 +340,9 @@ def _decode(p, d, now):
             cause, tag, wake = ARRIVAL, command[TAG], command[NOT_BEFORE]
         elif command[REST] > 0 and one[RESUMED] != i and not (drive or gpu or link) and _all_rest(d, now):
             one[STOPPED] = 1
+            return
+        elif i == one[LIMIT]:
+            one[STOPPED] = 2
             return
         else:
             tag = command[TAG]
@@ -1009,7 +1013,8 @@ def _flash(p, d, now):
 @njit(cache=True)
 def run(p, d):
     """Execute commands, from tick NOW up to that of FINISH or PAUSE, or one in which a command with REST finds everything
-    at rest: in that tick nothing but the decoder has acted. Or until the drive is STUCK."""
+    at rest, or, STOPPED being 2, one in which the decoder would take the command LIMIT: in that tick nothing but the
+    decoder has acted. Or until the drive is STUCK."""
     one, f = d.one, d.flash
     kernels, channels = d.kernels.shape[0], f.next.shape[0]
     one[STOPPED] = 0

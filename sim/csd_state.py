@@ -64,6 +64,7 @@ ATTENTION, D, GROUP, R, K, LOCAL, MEAN, PAGE_TOKENS, PAGE_CHANNELS, SPAN = range
 PAGES, PAGES2, MASKS = range(24, 27)
 REST = 27  # the run may pause before it, if nothing is at work
 CODE_COLUMNS = 28
+PLACED = (PAGES, PAGES2, MASKS, TAG, NOT_BEFORE, REST)  # where and when a command is, not what it does
 
 # Columns of Drive.log: first tick and tick after the last, -1 before; heads that are not done.
 LOG_FIRST, LOG_END, LOG_HEADS = range(3)
@@ -181,8 +182,9 @@ S_AT, S_TURN, S_NEXT, S_CLOSED, S_OPEN = range(5)
     LINK_END,
     STUCK,  # the drive would wait for ever
     RESUMED,  # command before which it does not pause again
-) = range(47)
-SCALARS = 47
+    LIMIT,  # the first command whose pages are not there yet
+) = range(48)
+SCALARS = 48
 WAKES = (*(HAND_NEXT, MOVER_NEXT, FETCH_NEXT, FLASH_NEXT, GRANT_NEXT, TOPK_NEXT, LOOKED_FROM),)
 
 
@@ -198,7 +200,7 @@ class Drive(NamedTuple):
     filters: Array  # [k, 20]
     shares: Array  # [3, 5]
     wants: Array  # [3, k] whether the kernel is known to want the port
-    one: Array  # [47]
+    one: Array  # [48]
     queue: Array  # [2, command_queue] rows of the code: reads, writes
     level: Array  # [2]
     head: Array  # [2] the tick from which a queue's oldest command is seen
