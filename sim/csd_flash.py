@@ -37,16 +37,17 @@ _PLACE_MASK = (1 << 32) - 1
 # Columns. Operations: where, what they wait for, and what becomes of their rows.
 _KIND, _UNIT, _KEY, _BLOCK, _PAGE, _WORK, _NEEDS, _SERIAL, _PORT, _LINES, _BATCH, _TAG, _LIVE = range(13)
 _OP_COLUMNS = 13
-_STATE, _DOING, _SIZE, _END, _OUT = range(5)  # units
+_STATE, _DOING, _SIZE, _END, _OUT, _ASKS = range(6)  # units; ASKS: it is idle, and operations wait for it
 # Channels. BUS: the operation whose data moves, -2 - unit for a command, -1 for nothing, until BUS_END. OUT: pages that
 # wait for the bus. ROWS: pages that wait to be forwarded, LAST the tick of the last line of the one before. HELD: all
-# operations but those DONE in tick DONE_AT, and one that ends in tick RELEASE.
+# operations but those DONE in tick DONE_AT, and one that ends in tick RELEASE. ASKING: units that ask for the bus. ENDS: units
+# whose arrays work, the first one until ARRAY_END.
 _BUS, _BUS_END, _TURN, _OUT_FIRST, _OUT_COUNT, _LIVE_COUNT, _WRITES, _ERASES, _HELD, _DONE, _DONE_AT = range(
     11
 )
 _RELEASE, _ROWS_FIRST, _ROWS_COUNT, _ROWS_LAST, _CHARGE, _CHARGE_TAG, _SINCE, _SERIALS = range(11, 19)
-_FREE_COUNT, _REQUEST, _LAST_TAG, _ARRAY_END = range(19, 23)
-_CHANNEL_COLUMNS = 23
+_FREE_COUNT, _REQUEST, _LAST_TAG, _ARRAY_END, _ASKING, _ENDS_FIRST, _ENDS_COUNT = range(19, 26)
+_CHANNEL_COLUMNS = 26
 _IDLE, _BUSY, _HOLD = range(3)
 
 
@@ -58,9 +59,10 @@ class Channels(NamedTuple):
     free: Array  # [s, q] operations that are not in use
     waiting: Array  # [u * 3, q] operations by unit and kind, oldest first
     counts: Array  # [u * 3]
-    units: Array  # [u, 5]
+    units: Array  # [u, 6]
+    ends: Array  # [c, units of a channel] ring: units whose arrays work, by the ticks in which they end, then by number
     groups: Array  # [u, planes] operations of the unit's command
-    channels: Array  # [s, 23]
+    channels: Array  # [s, 26]
     out: Array  # [c, q] ring: pages that wait for the bus
     rows: Array  # [s, q] ring: pages that were read
     since: Array  # [s, q] when each was
@@ -88,7 +90,7 @@ def new_channels(
     n = c + 1
     s = Channels(
         ops=zeros(n * q, _OP_COLUMNS), free=zeros(n, q), waiting=zeros(u * 3, q), counts=zeros(u * 3),
-        units=zeros(u, 5), groups=zeros(u, f.planes), channels=zeros(n, _CHANNEL_COLUMNS), out=zeros(c, q),
+        units=zeros(u, 6), ends=zeros(c, f.units), groups=zeros(u, f.planes), channels=zeros(n, _CHANNEL_COLUMNS), out=zeros(c, q),
         rows=zeros(n, q), since=zeros(n, q), next=np.full(c, NEVER), look=np.full(n, NEVER), ports=zeros(ports, 2),
         asking=zeros(ports), stripe=_stripe(p), totals=zeros(3), activity=activity, unit=np.array([first_unit, *causes], np.int64),
     )  # fmt: skip
@@ -258,6 +260,16 @@ def _look(s, c, now):
 
 
 @njit(**INNER)
+def _asks(s, c, unit):
+    """Whether the unit asks for the bus has changed, or has not."""
+    row = s.units[unit]
+    waiting = s.counts[3 * unit] + s.counts[3 * unit + 1] + s.counts[3 * unit + 2]
+    asks = 1 if row[_STATE] == _IDLE and waiting > 0 else 0
+    s.channels[c, _ASKING] += asks - row[_ASKS]
+    row[_ASKS] = asks
+
+
+@njit(**INNER)
 def _bus_end(p, s, c, now):
     row = s.channels[c]
     op = row[_BUS]
@@ -278,6 +290,7 @@ def _bus_end(p, s, c, now):
         if p.flash.cache_read:
             _queue_pages(s, c, unit)
         s.units[unit, _STATE] = _IDLE
+        _asks(s, c, unit)
 
 
 @njit(**INNER)
@@ -295,22 +308,40 @@ def _array_end(p, s, c, unit, now):
             _complete(p, s, c, op)
             _is_done(s, c, now)
             _free(s, c, op)
+    _asks(s, c, unit)
 
 
 @njit(**INNER)
 def _arrays_end(p, s, c, until):
     """Arrays that end up to a tick, in order of ticks and then of units."""
-    first = c * p.flash.units
-    while s.channels[c, _ARRAY_END] <= until:
-        found, end, following = -1, _NEVER, _NEVER
-        for unit in range(first, first + p.flash.units):
-            if s.units[unit, _STATE] == _BUSY:
-                if s.units[unit, _END] < end:
-                    found, following, end = unit, end, s.units[unit, _END]
-                else:
-                    following = min(following, s.units[unit, _END])
-        s.channels[c, _ARRAY_END] = following
-        _array_end(p, s, c, found, end)
+    row = s.channels[c]
+    while row[_ARRAY_END] <= until:
+        first = row[_ENDS_FIRST]
+        unit = s.ends[c, first]
+        first = first + 1 if first + 1 < s.ends.shape[1] else 0
+        row[_ENDS_FIRST] = first
+        row[_ENDS_COUNT] -= 1
+        row[_ARRAY_END] = s.units[s.ends[c, first], _END] if row[_ENDS_COUNT] > 0 else _NEVER
+        _array_end(p, s, c, unit, s.units[unit, _END])
+
+
+@njit(**INNER)
+def _will_end(s, c, unit):
+    """The unit's array works: its place is behind those that end before, mostly behind all."""
+    row, size = s.channels[c], s.ends.shape[1]
+    end = s.units[unit, _END]
+    at = row[_ENDS_FIRST] + row[_ENDS_COUNT]
+    at -= size if at >= size else 0
+    for _ in range(row[_ENDS_COUNT]):
+        before = at - 1 if at > 0 else size - 1
+        other = s.ends[c, before]
+        if s.units[other, _END] < end or (s.units[other, _END] == end and other < unit):
+            break
+        s.ends[c, at] = other
+        at = before
+    s.ends[c, at] = unit
+    row[_ENDS_COUNT] += 1
+    row[_ARRAY_END] = min(row[_ARRAY_END], end)
 
 
 # ---- what starts --------------------------------------------------------------------------------------
@@ -360,20 +391,23 @@ def _issue(p, s, c, unit, kind, now):
         move += n * p.flash.page_transfer
     s.units[unit, _STATE], s.units[unit, _DOING], s.units[unit, _SIZE] = _BUSY, kind, n
     s.units[unit, _END] = now + move + work
-    s.channels[c, _ARRAY_END] = min(s.channels[c, _ARRAY_END], now + move + work)
+    _will_end(s, c, unit)
+    _asks(s, c, unit)
     s.channels[c, _BUS], s.channels[c, _BUS_END] = -2 - unit, now + move
     return True
 
 
 @njit(**INNER)
 def _ask_units(p, s, c, stage, now):
+    if s.channels[c, _ASKING] == 0:
+        return False
     index = s.channels[c, _TURN]
     for _ in range(p.flash.units):
         unit = c * p.flash.units + index
         index += 1
         if index == p.flash.units:
             index = 0
-        if s.units[unit, _STATE] == _IDLE:
+        if s.units[unit, _ASKS] > 0:
             for i in range(3):
                 kind = p.flash.stages[stage, i]
                 if kind >= 0 and _issue(p, s, c, unit, kind, now):
@@ -454,6 +488,7 @@ def push(p, s, c, kind, number, port, lines, batch, tag, now):
     at = 3 * unit + kind
     s.waiting[at, s.counts[at]] = op
     s.counts[at] += 1
+    _asks(s, c, unit)
     if row[_BUS] == _NONE:
         # The channel, idle so far, looks at it in the next tick.
         s.next[c] = min(s.next[c], now + 1)
