@@ -33,6 +33,7 @@ from numba import njit
 from tilewright.sim import csd_kernel
 from tilewright.sim.cache import CALLED, INNER
 from tilewright.sim.csd_flash import (
+    catch_up,
     finish_channels,
     forwarded,
     grant,
@@ -41,7 +42,6 @@ from tilewright.sim.csd_flash import (
     room_at,
     stage,
     staged,
-    step_channel,
     step_rows,
 )
 from tilewright.sim.csd_state import (
@@ -525,7 +525,7 @@ def _looks_up(d, channel, number, port, lines, batch, tag, now):
     one[FETCH_TAG] = tag
 
 
-@njit(**CALLED)
+@njit(**INNER)
 def _fetch(p, d, now):
     """What filters and lookup do in tick `now`."""
     one, f = d.one, d.flash
@@ -547,7 +547,7 @@ def _fetch(p, d, now):
                 tag,
                 now,
             )
-            one[FLASH_NEXT] = min(one[FLASH_NEXT], f.next[c])
+            one[FLASH_NEXT] = min(one[FLASH_NEXT], f.wake[c])
             one[PUSHED_AT], one[PUSHED] = now, c
             one[LOOKED_FROM] = _NEVER
             one[FETCH_TAG] = tag
@@ -619,11 +619,11 @@ def _fetch(p, d, now):
             elif row[F_PASSES] == 0 or _fits(d, k):
                 # What waits for a full queue behind it is woken when that changes.
                 if row[F_PAGE] < row[F_STAGED]:
-                    if one[LOOKED_FROM] > now:
+                    if one[LOOKED_FROM] == _NEVER:
                         following = now + 1
                 elif staged(f) < p.flash_queue:
                     following = now + 1
-    if one[LOOKED_FROM] == now + 1 or (one[LOOKED_FROM] > now and one[MOVER_LOOKS] <= now + 1):
+    if one[LOOKED_FROM] == _NEVER and one[MOVER_LOOKS] <= now + 1:
         following = now + 1
     one[FETCH_NEXT] = following
 
@@ -795,7 +795,7 @@ def _mover_pushes(p, d, now):
         return
     kind = _ERASE if erases else _PROGRAM
     push(p, d.flash, c, kind, np.int64(d.pages[one[MOVER_PAGE]]), 0, 0, 0, tag, now)
-    one[FLASH_NEXT] = min(one[FLASH_NEXT], d.flash.next[c])
+    one[FLASH_NEXT] = min(one[FLASH_NEXT], d.flash.wake[c])
     count(d, tag, ERASES if erases else PROGRAMS, 1)
     charge(d, WRITER, BUSY, tag, now)
     one[MOVER_PAGE] += 1
@@ -853,7 +853,7 @@ def _grants(p, d, now):
             lines, batch, tag = forwarded(f, op)
             source = op // p.flash_queue
             if source < f.next.shape[0]:
-                one[FLASH_NEXT] = min(one[FLASH_NEXT], f.look[source])
+                one[FLASH_NEXT] = min(one[FLASH_NEXT], min(f.look[source], f.wake[source]))
             else:
                 count(d, tag, GROUP_LINES, lines)
                 one[FETCH_NEXT] = min(one[FETCH_NEXT], now + 1)
@@ -992,18 +992,19 @@ def _kernel(p, d, k, now):
 # ---- all of it ----------------------------------------------------------------------------------------
 
 
-@njit(**CALLED)
+@njit(**INNER)
 def _flash(p, d, now):
     """Flash controllers up to their requests for ports; when next."""
     one, f = d.one, d.flash
     channels = f.next.shape[0]
     following = _NEVER
     for c in range(channels):
-        if f.look[c] <= now:
-            step_rows(p, f, c, now)
-        if f.next[c] <= now:
-            step_channel(p, f, c, now)
-        following = min(following, min(f.look[c], f.next[c]))
+        if f.look[c] <= now or f.wake[c] <= now:
+            catch_up(p, f, c, now - 1)
+            if f.look[c] <= now:
+                step_rows(p, f, c, now)
+            catch_up(p, f, c, now)
+        following = min(following, min(f.look[c], f.wake[c]))
     one[FLASH_NEXT] = following
     one[GRANT_NEXT] = now  # somebody may ask
     if one[DRAINING] > 0:
@@ -1046,7 +1047,7 @@ def run(p, d):
             if d.kernels[k, K_NEXT] <= now:
                 _kernel(p, d, k, now)
         _charge_fetch(d, now)
-        if one[LOOKED_FROM] <= now:
+        if one[LOOKED_FROM] < _NEVER:
             one[FETCH_NEXT] = min(one[FETCH_NEXT], room_at(f, one[LOOKED_CHANNEL], p.flash_queue, now))
         if one[MOVER_BLOCKED] >= 0:
             following = room_at(f, one[MOVER_BLOCKED], p.flash_queue, now)

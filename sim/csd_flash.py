@@ -11,8 +11,10 @@ The rules are those of `sim.flash`, without suspension, for operations that come
 - What is done in a tick makes room from the next one on.
 - The group buffer is one more source of pages with rows, behind the last channel: a queue of `flash_queue` pages.
 
-A channel is asked at each tick in which its bus ends, a program or an erase ends, or an idle bus may have work. Array
-ends of reads in between are looked at late, in the order in which they were: nobody sees them while the bus is busy.
+A channel has an event (`next`) at each tick in which its bus ends, a program or an erase ends, or an idle bus may have
+work. Array ends of reads in between are looked at late, in the order in which they were: nobody sees them while the bus
+is busy. And of its events others see nothing until a page is there that finds no other waiting: they are caught up with
+at that tick (`wake`), when it is given an operation, or when a page leaves it.
 """
 
 from typing import NamedTuple
@@ -67,6 +69,7 @@ class Channels(NamedTuple):
     rows: Array  # [s, q] ring: pages that were read
     since: Array  # [s, q] when each was
     next: Array  # [c] tick of the channel's next event
+    wake: Array  # [c] tick by which somebody may see its events
     look: Array  # [s] tick of the next event of its rows
     ports: Array  # [n, 2] tick from which the port is free; the channel whose turn it is
     asking: Array  # [n] channels that ask for it
@@ -91,7 +94,7 @@ def new_channels(
     s = Channels(
         ops=zeros(n * q, _OP_COLUMNS), free=zeros(n, q), waiting=zeros(u * 3, q), counts=zeros(u * 3),
         units=zeros(u, 6), ends=zeros(c, f.units), groups=zeros(u, f.planes), channels=zeros(n, _CHANNEL_COLUMNS), out=zeros(c, q),
-        rows=zeros(n, q), since=zeros(n, q), next=np.full(c, NEVER), look=np.full(n, NEVER), ports=zeros(ports, 2),
+        rows=zeros(n, q), since=zeros(n, q), next=np.full(c, NEVER), wake=np.full(c, NEVER), look=np.full(n, NEVER), ports=zeros(ports, 2),
         asking=zeros(ports), stripe=_stripe(p), totals=zeros(3), activity=activity, unit=np.array([first_unit, *causes], np.int64),
     )  # fmt: skip
     s.free[:] = np.arange(n * q).reshape(n, q)
@@ -453,7 +456,29 @@ def step_channel(p, s, c, now):
         s.next[c] = min(row[_BUS_END], row[_ARRAY_END]) if row[_WRITES] > 0 else row[_BUS_END]
 
 
-@njit(**CALLED)
+@njit(**INNER)
+def _wakes(p, s, c):
+    """Set the tick by which the channel's events must be caught up with."""
+    row = s.channels[c]
+    if row[_WRITES] > 0:
+        s.wake[c] = s.next[c]
+    elif row[_ROWS_COUNT] > 0:
+        s.wake[c] = _NEVER
+    elif row[_BUS] >= 0:
+        s.wake[c] = row[_BUS_END] + 1
+    else:
+        s.wake[c] = min(s.next[c], _NEVER - 1 - p.flash.page_transfer) + p.flash.page_transfer + 1
+
+
+@njit(**INNER)
+def catch_up(p, s, c, now):
+    """The channel's events up to tick `now`."""
+    while s.next[c] <= now:
+        step_channel(p, s, c, s.next[c])
+    _wakes(p, s, c)
+
+
+@njit(**INNER)
 def push(p, s, c, kind, number, port, lines, batch, tag, now):
     """Give a controller an operation on page `number` of its channel's log, at the end of tick `now`; of a read `lines`
     lines go to `port`, as part of `batch`. It must have room."""
@@ -463,6 +488,7 @@ def push(p, s, c, kind, number, port, lines, batch, tag, now):
     block = line // f.pages
     page = 0 if kind == _ERASE else line - block * f.pages
     row = s.channels[c]
+    catch_up(p, s, c, now)
     row[_FREE_COUNT] -= 1
     op = s.free[c, row[_FREE_COUNT]]
     o = s.ops[op]
@@ -492,6 +518,7 @@ def push(p, s, c, kind, number, port, lines, batch, tag, now):
     if row[_BUS] == _NONE:
         # The channel, idle so far, looks at it in the next tick.
         s.next[c] = min(s.next[c], now + 1)
+    _wakes(p, s, c)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------
@@ -573,6 +600,8 @@ def grant(p, s, port, now):
         c = c + 1 if c + 1 < n else 0
     s.ports[port, 1] = c + 1 if c + 1 < n else 0
     row = s.channels[c]
+    if c < s.next.shape[0]:
+        catch_up(p, s, c, now)
     row[_REQUEST] = _NONE
     s.asking[port] -= 1
     op = s.rows[c, row[_ROWS_FIRST]]
@@ -584,6 +613,8 @@ def grant(p, s, port, now):
         _is_done(s, c, now)
     row[_RELEASE] = last
     _leave_rows(s, c, now)
+    if c < s.next.shape[0]:
+        _wakes(p, s, c)
     return op
 
 
