@@ -5,7 +5,8 @@ others from the next one on; what a unit does in a tick follows from what was at
 
 - *Decoder*: one command a tick, in order. It waits, charged in this order, while the queue of its kind is full
   (`command_queue` reads, as many writes); a CONFIG while the drive works, reads while writes are under way, and these
-  for reads; for what it comes `after`; for its `not_before`. A command is in its queue from the tick after its dispatch
+  for reads; for what it comes `after`; for its `not_before`. A CONFIG, and a command that comes after the drive, give
+  turns anew: from the next tick on all that go round begin with the first one. A command is in its queue from the tick after its dispatch
   to the one in which it is complete, an ATTEND to the one in which its last head is handed to a kernel. The run ends
   with a tick that finds everything at rest, background programs and erases included.
 - *GPU and link* take their commands in order, from the tick after dispatch on, each for as long as its amount takes.
@@ -33,6 +34,7 @@ from numba import njit
 from tilewright.sim import csd_kernel
 from tilewright.sim.cache import CALLED, INNER
 from tilewright.sim.csd_flash import (
+    begin_anew,
     catch_up,
     finish_channels,
     forwarded,
@@ -46,6 +48,7 @@ from tilewright.sim.csd_flash import (
 )
 from tilewright.sim.csd_state import (
     AFTER,
+    ANEW,
     ARRIVAL,
     ATTEND,
     ATTEND_TAG,
@@ -288,10 +291,22 @@ def _all_rest(d, now):
     return not _flash_wait(d, now)[0]
 
 
+@njit(**INNER)
+def _turns_anew(p, d, now):
+    """At the end of tick `now` whoever is the first becomes the next."""
+    one = d.one
+    one[ANEW] = one[HAND_TURN] = one[LOOKUP_TURN] = one[STAGING_TURN] = one[TOPK_TURN] = 0
+    for port in range(d.shares.shape[0]):
+        d.shares[port, S_TURN] = 0
+    begin_anew(p, d.flash, now)
+
+
 @njit(**CALLED)
 def _decode(p, d, now):
     """What the decoder does in tick `now`."""
     one = d.one
+    if one[ANEW] > 0:
+        _turns_anew(p, d, now - 1)
     i = one[INDEX]
     command = d.code[i]
     op, after = command[OP], command[AFTER]
@@ -362,6 +377,7 @@ def _decode(p, d, now):
         one[DECODER_NEXT] = wake
         return
     charge(d, DECODER, BUSY, tag, now)
+    one[ANEW] = 1 if op == CONFIG or after & 4 != 0 else 0
     one[INDEX] = i + 1
     one[DECODER_NEXT] = now + 1
 

@@ -121,7 +121,7 @@ def turns(s: Channels) -> Array:
 
 def set_turns(s: Channels, values: Array) -> None:
     """Make them those of `turns`."""
-    s.channels[:, _TURN], s.ports[:, 1] = np.split(values, [len(s.channels)])
+    s.channels[:, _TURN], s.ports[:, 1] = values[: len(s.channels)], values[len(s.channels) :]
 
 
 def account_from(s: Channels, now: int) -> None:
@@ -476,6 +476,16 @@ def catch_up(p, s, c, now):
     while s.next[c] <= now:
         step_channel(p, s, c, s.next[c])
     _wakes(p, s, c)
+
+
+@njit(**INNER)
+def begin_anew(p, s, now):
+    """At the end of tick `now` turns are given anew, of channels and ports."""
+    for c in range(s.next.shape[0]):
+        catch_up(p, s, c, now)
+        s.channels[c, _TURN] = 0
+    for port in range(s.ports.shape[0]):
+        s.ports[port, 1] = 0
 
 
 @njit(**INNER)

@@ -3,10 +3,11 @@
 A stretch goes from one command that finds everything at rest to the next one that may: `mark` says which. A round goes
 from one that waits for the drive on the link's or the GPU's behalf to the next one, as decode steps do from layer to
 layer: many stretches in one. Two are alike if their digests are, which `sim/csd_tables.py` makes of commands, of what
-they select and of the pages that they find and give; and if turns are as they were: those of arbiters, ports and dies
-are all that a drive at rest remembers.
+they select and of the pages that they find and give; and if turns are as they were, unless the first command gives
+them anew: those of arbiters, ports and dies are all that a drive at rest remembers.
 """
 
+from bisect import bisect_right
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from tilewright.sim.csd_state import (
     AFTER,
     ATTEND,
     ATTEND_TAG,
+    CONFIG,
     DRIVE_TAG,
     GPU,
     HAND_TURN,
@@ -95,44 +97,57 @@ class Memory:
         self._done: dict[tuple[int, int], _Done] = {}
         self._tags: dict[bytes, _Tags] = {}
         self._open: list[_Open | None] = [None, None]  # a round, a stretch
-        self._ends: list[Array] = []
+        self._ends: list[list[int]] = []
+        self._anew: list[bool] = []
+        self._arrivals = False
 
     def begin(self, code: Array) -> None:
         """Other commands; a stretch that has not come to its end by now does not count."""
         self._open = [None, None]
         marked = np.flatnonzero(code[:, REST])
-        self._ends = [marked[code[marked, OP] >= GPU], marked]
+        self._ends = [marked[code[marked, OP] >= GPU].tolist(), marked.tolist()]
+        self._anew = ((code[:, OP] == CONFIG) | (code[:, AFTER] & arch.AFTER_DRIVE != 0)).tolist()
         self._arrivals = bool(code[:, NOT_BEFORE].any())
 
     def advance(self, d: Drive, ahead: Ahead) -> None:
         """The drive is at rest before the command INDEX: keep what it did, and repeat what it did before, up to a command
         from which it must be simulated."""
-        finish(d, d.one[NOW])
+        first, now, turns_now = int(d.one[INDEX]), int(d.one[NOW]), _turns(d)
+        finish(d, now)
         while True:
-            first, now = int(d.one[INDEX]), int(d.one[NOW])
-            d.one[RESUMED] = first
             ahead.leave_out(first)
-            now_turns = _turns(d)
-            self._keep(d, first, now, now_turns)
-            for level, ends in enumerate(self._ends):
-                if self._open[level] is not None or (level == 0 and not d.code[first, OP] >= GPU):
-                    continue
-                at = np.searchsorted(ends, first, side="right")
-                if at == len(ends) or ends[at] > ahead.known:
-                    continue
-                end = int(ends[at])
-                if self._arrivals and d.code[first:end, NOT_BEFORE].max() > now:
-                    continue
-                key = end - first, int(key_of(d.code, ahead.digests, first, end, now_turns))
-                done = self._done.get(key)
-                if done is not None:
-                    self._repeat(d, first, end, done)
-                    break
-                self._open[level] = _Open(
-                    key, first, end, now, d.activity.copy(), d.counters.copy(), d.flash.totals.copy()
-                )
-            else:
-                return
+            self._keep(d, first, now, turns_now)
+            found = self._find(d, ahead, first, now, turns_now)
+            if found is None:
+                break
+            end, done = found
+            self._repeat(d, first, end, now, done)
+            first, now, turns_now = end, now + done.ticks, done.turns
+        # Nobody's ticks before `now` are to be accounted for.
+        d.charge[:, 2] = now
+        account_from(d.flash, now)
+        d.one[INDEX], d.one[NOW], d.one[RESUMED] = first, now, first
+        _set_turns(d, turns_now)
+
+    def _find(self, d: Drive, ahead: Ahead, first: int, now: int, turns_now: Array) -> tuple[int, _Done] | None:
+        """A round or a stretch from `first` on that was done before, and its end; those that were not are opened."""
+        for level, ends in enumerate(self._ends):
+            if self._open[level] is not None or (level == 0 and d.code[first, OP] < GPU):
+                continue
+            at = bisect_right(ends, first)
+            if at == len(ends) or ends[at] > ahead.known:
+                continue
+            end = ends[at]
+            if self._arrivals and d.code[first:end, NOT_BEFORE].max() > now:
+                continue
+            remembered = turns_now[:0] if self._anew[first] else turns_now
+            key = end - first, int(key_of(d.code, ahead.digests, first, end, remembered))
+            if key in self._done:
+                return end, self._done[key]
+            self._open[level] = _Open(
+                key, first, end, now, d.activity.copy(), d.counters.copy(), d.flash.totals.copy()
+            )
+        return None
 
     def _keep(self, d: Drive, index: int, now: int, now_turns: Array) -> None:
         """What is open ends here, or has gone on beyond its end, and does not count."""
@@ -162,23 +177,18 @@ class Memory:
             self._tags[key] = _Tags(np.array([*dict.fromkeys(tags.tolist()), -1]), *last)
         return self._tags[key]
 
-    def _repeat(self, d: Drive, first: int, end: int, done: _Done) -> None:
-        now = int(d.one[NOW])
+    def _repeat(self, d: Drive, first: int, end: int, now: int, done: _Done) -> None:
+        """What was done from tick `now` on, but for turns and time."""
         d.log[first:end] = done.log
         d.log[first:end, :2] += now
-        # Nobody's ticks are accounted for up to now, and will be from the end on.
         tags, drive, attend = self._tags_of(d, first, end)
         d.activity[tags] += done.activity
         d.counters[tags] += done.counters
         d.flash.totals[:] += done.totals
-        now += done.ticks
-        d.charge[:, 2] = now
-        account_from(d.flash, now)
-        d.one[INDEX], d.one[NOW] = end, now
-        for column, tag in ((DRIVE_TAG, drive), (ATTEND_TAG, attend)):
-            if tag >= 0:
-                d.one[column] = tag
-        _set_turns(d, done.turns)
+        if drive >= 0:
+            d.one[DRIVE_TAG] = drive
+        if attend >= 0:
+            d.one[ATTEND_TAG] = attend
 
 
 def _turns(d: Drive) -> Array:

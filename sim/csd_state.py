@@ -183,8 +183,9 @@ S_AT, S_TURN, S_NEXT, S_CLOSED, S_OPEN = range(5)
     STUCK,  # the drive would wait for ever
     RESUMED,  # command before which it does not pause again
     LIMIT,  # the first command whose pages are not there yet
-) = range(48)
-SCALARS = 48
+    ANEW,  # turns are given anew at the end of the tick before
+) = range(49)
+SCALARS = 49
 WAKES = (*(HAND_NEXT, MOVER_NEXT, FETCH_NEXT, FLASH_NEXT, GRANT_NEXT, TOPK_NEXT, LOOKED_FROM),)
 
 
@@ -200,7 +201,7 @@ class Drive(NamedTuple):
     filters: Array  # [k, 20]
     shares: Array  # [3, 5]
     wants: Array  # [3, k] whether the kernel is known to want the port
-    one: Array  # [48]
+    one: Array  # [49]
     queue: Array  # [2, command_queue] rows of the code: reads, writes
     level: Array  # [2]
     head: Array  # [2] the tick from which a queue's oldest command is seen

@@ -50,6 +50,7 @@ class State(NamedTuple):
 
     table: Array  # uint32[forms, slots << table_bits], as `PageTables` has it
     taken: Array  # int64[channels]
+    places: Array  # int64[channels]: `taken` modulo `unit`
     erased: Array  # int64[channels]
     filled: Array  # int64[forms, slots]: entries from the first on, without a gap
     digests: Array  # uint64[forms, slots]: of a slot's pages
@@ -80,9 +81,9 @@ def _mix(h, value):
 
 
 @njit(**INNER)
-def _page(position, number, unit):
-    """A page's part in the digest of its slot."""
-    return _mix(_mix(np.uint64(0x2545F4914F6CDD1D), position), number % unit)
+def _page(position, place):
+    """A page's part in the digest of its slot: its entry, and its number modulo `unit`."""
+    return _mix(_mix(np.uint64(0x2545F4914F6CDD1D), position), place)
 
 
 @njit(cache=True)
@@ -216,11 +217,12 @@ def _give(r, s, row):
             entry = (slot << r.table_bits) + position
             before = np.int64(s.table[form, entry])
             if before > 0:
-                digest -= _page(position, before - 1, r.unit)
-            number = s.taken[c]
-            digest += _page(position, number, r.unit)
-            s.taken[c] = number + 1
-            s.table[form, entry] = number + 1
+                digest -= _page(position, (before - 1) % r.unit)
+            place = s.places[c]
+            digest += _page(position, place)
+            s.places[c] = place + 1 if place + 1 < r.unit else 0
+            s.taken[c] += 1
+            s.table[form, entry] = s.taken[c]
         s.digests[form, slot] = digest
         filled = s.filled[form, slot]
         while filled < 1 << r.table_bits and s.table[form, (slot << r.table_bits) + filled] > 0:
@@ -356,7 +358,7 @@ class Tables:
         )  # fmt: skip
         shape = t.table.shape[0], p.slots
         self._state = State(
-            t.table, t.taken, t.erased, np.zeros(shape, np.int64), np.zeros(shape, np.uint64)
+            t.table, t.taken, np.zeros_like(t.taken), t.erased, np.zeros(shape, np.int64), np.zeros(shape, np.uint64)
         )
         self._unlike = 0
         self._placed = np.zeros(csd_state.CODE_COLUMNS, np.bool_)

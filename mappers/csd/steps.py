@@ -376,7 +376,7 @@ class Steps:
             for at, heads in _chunks(lay.layer_slots, lay.chunk):
                 code.add(
                     "ATTEND", tag, slot=slot + at, heads=heads, line=at * lay.group * lines,
-                    line2=lay.result_line + at * lay.group * lines, after=AFTER_DRIVE if at else 0,
+                    line2=lay.result_line + at * lay.group * lines, after=AFTER_DRIVE,
                 )  # fmt: skip
             self._link(code, "receive", layer, queries, "drive", AFTER_DRIVE)
             if ends_span:

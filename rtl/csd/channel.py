@@ -70,6 +70,7 @@ class FlashChannel(wiring.Component):
     -------
     ============== === ============= =================================================================
     clear          In  1             forget everything
+    anew           In  1             the first unit comes first
     times          In  timing_layout
     push           In  1             an operation; only while `ready`
     kind           In  2             `arch.flash.READ`, `PROGRAM` or `ERASE`
@@ -96,6 +97,7 @@ class FlashChannel(wiring.Component):
         super().__init__(
             {
                 "clear": In(1),
+                "anew": In(1),
                 "times": In(timing_layout()),
                 "push": In(1),
                 "kind": In(2),
@@ -380,5 +382,6 @@ class FlashChannel(wiring.Component):
         m.d.sync += Assert(~(self.push & ~self.ready), "an operation without a slot")
         with m.If(self.clear):
             m.d.sync += [s.eq(0) for s in (carries, moves, self.held, waiting, *state, *out, *before)]
+        with m.If(self.clear | self.anew):
             m.d.sync += turn.eq((1 << p.units) - 1)
         return m

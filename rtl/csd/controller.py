@@ -68,6 +68,7 @@ class FlashController(wiring.Component):
     -------
     ============== === ============= ======================================================
     clear          In  1             forget everything but the cells
+    anew           In  1             the first unit comes first
     times          In  timing_layout
     push           In  1             an operation; only while `ready`
     kind, address  In                as of `FlashChannel`
@@ -98,6 +99,7 @@ class FlashController(wiring.Component):
         super().__init__(
             {
                 "clear": In(1),
+                "anew": In(1),
                 "times": In(timing_layout()),
                 "push": In(1),
                 "kind": In(2),
@@ -145,6 +147,7 @@ class FlashController(wiring.Component):
             self.working.eq(held != 0),
             self.unfinished.eq((channel.held & ~channel.finished).any()),
             channel.clear.eq(self.clear),
+            channel.anew.eq(self.anew),
             channel.times.eq(self.times),
             channel.push.eq(self.push),
             channel.kind.eq(self.kind),
@@ -209,6 +212,7 @@ class PortSwitch(wiring.Component):
     -------
     ======== === ======= ============================================
     clear    In  1       nobody has the port, and the first one comes first
+    anew     In  1       the first one comes first
     requests In  sources
     releases In  sources its last line is forwarded in this tick
     grant    Out sources one-hot
@@ -218,13 +222,19 @@ class PortSwitch(wiring.Component):
     def __init__(self, *, sources: int):
         self._sources = sources
         super().__init__(
-            {"clear": In(1), "requests": In(sources), "releases": In(sources), "grant": Out(sources)}
+            {
+                "clear": In(1),
+                "anew": In(1),
+                "requests": In(sources),
+                "releases": In(sources),
+                "grant": Out(sources),
+            }
         )
 
     def elaborate(self, platform):
         m = Module()
         turn = RoundRobin(count=self._sources)
-        m.submodules.turn = ResetInserter(self.clear)(turn)
+        m.submodules.turn = ResetInserter(self.clear | self.anew)(turn)
         taken = Signal()
         free = ~taken | self.releases.any()
         m.d.comb += [

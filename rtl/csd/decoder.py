@@ -24,7 +24,9 @@ class CommandDecoder(wiring.Component):
 
     A CONFIG takes effect with the next tick, when no unit works for a command before it. Commands that read the cache
     (ATTEND, TRANSPOSE, READ) wait for writes before them (WRITE, RECLAIM), and these for reads; with `AFTER_DRIVE` in
-    `after` a command waits for both. Stalls are charged in the order of `arch.csd.CAUSES`. The run ends with a tick that finds the end of the program and no unit at work.
+    `after` a command waits for both. That, and a CONFIG, gives turns anew: from the next tick on every arbiter begins with
+    the first one, so that what follows depends on nothing before it. Stalls are charged in the order of
+    `arch.csd.CAUSES`. The run ends with a tick that finds the end of the program and no unit at work.
 
     Parameters
     ----------
@@ -47,6 +49,7 @@ class CommandDecoder(wiring.Component):
     busy          In  2              reads, writes under way
     draining      In  1              pages are still being programmed, or blocks erased
     dispatch      Out 2              `command` is handed to what reads, or to what writes
+    anew          Out 1              turns are given anew
     working       Out 1              this tick is busy
     stall         Out range(causes)  cause of this tick, where it is not
     ============= === ============== ================================================================
@@ -70,6 +73,7 @@ class CommandDecoder(wiring.Component):
                 "busy": In(2),
                 "draining": In(1),
                 "dispatch": Out(2),
+                "anew": Out(1),
                 "working": Out(1),
                 "stall": Out(range(len(CAUSES))),
             }
@@ -78,14 +82,15 @@ class CommandDecoder(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         op = self.command.op
-        reads, configures, end = Signal(), Signal(), Signal()
+        reads, configures, waits, end = Signal(), Signal(), Signal(), Signal()
         kind, others = Signal(2), Signal(2)  # where it goes; what must not be at work
         m.d.comb += [
             self.command.eq(self.code_data),
             reads.eq(sum((op == code for code in READERS), Const(0))),
             configures.eq(op == OP["CONFIG"]),
             kind.eq(Mux(configures, 0, Mux(reads, 0b01, 0b10))),
-            others.eq(~kind | (self.command.after & AFTER_DRIVE != 0).replicate(2)),
+            waits.eq(self.command.after & AFTER_DRIVE != 0),
+            others.eq(~kind | waits.replicate(2)),
             end.eq(self.number == self.length),
         ]
         taken = Signal()
@@ -103,6 +108,7 @@ class CommandDecoder(wiring.Component):
                 m.d.comb += self.stall.eq(CAUSES.index("arrival"))
             with m.Else():
                 m.d.comb += [self.working.eq(1), taken.eq(1), self.dispatch.eq(kind)]
+        m.d.comb += self.anew.eq(taken & (configures | waits))
         with m.If(taken & configures):
             m.d.sync += [self.configuration[name].eq(self.command[name]) for name in CONFIGURATION]
         following = Signal.like(self.number)

@@ -1,6 +1,6 @@
 """The fetch unit: hands heads to the attention kernels, and gets the pages that these ask for."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
@@ -164,6 +164,7 @@ class Fetch(wiring.Component):
     Members
     -------
     ============== === ===================== ===========================================================
+    anew           In  1                     turns begin with the first kernel
     tick           In  32
     configuration  In  layout                what the last CONFIG set
     channel_groups In                        pages of a span
@@ -200,6 +201,7 @@ class Fetch(wiring.Component):
         c, k = p.flash.channels, p.kernels
         super().__init__(
             {
+                "anew": In(1),
                 "tick": In(TICK_BITS),
                 "configuration": In(configuration_layout()),
                 "channel_groups": In(12),
@@ -241,7 +243,9 @@ class Fetch(wiring.Component):
             looks.append(look)
 
         # The lookup, and the page that was looked up one tick ago or waits since.
-        m.submodules.turn = turn = RoundRobin(count=p.kernels + 1)
+        anew = ResetInserter(self.anew)
+        turn, staging_turn = RoundRobin(count=p.kernels + 1), RoundRobin(count=p.kernels)
+        m.submodules.turn, m.submodules.staging_turn = anew(turn), anew(staging_turn)
         held, pushed = Signal(), Signal()
         requests = [valid for valid, _, _ in lookups] + [self.page.valid]
         pages = [page for _, page, _ in lookups] + [self.page.payload]
@@ -265,7 +269,6 @@ class Fetch(wiring.Component):
         with m.If(self.lookup):
             m.d.sync += job.eq(chosen.job)
 
-        m.submodules.staging_turn = staging_turn = RoundRobin(count=p.kernels)
         m.d.comb += [
             staging_turn.requests.eq(Cat(valid for valid, _, _ in stagings)),
             staging_turn.ready.eq(self.staged.ready),
@@ -286,7 +289,8 @@ class Fetch(wiring.Component):
     def _hand_over(self, m):
         """Heads of the ATTEND, one a tick."""
         p, command = self._params, self.command
-        m.submodules.heads_turn = turn = RoundRobin(count=p.kernels)
+        turn = RoundRobin(count=p.kernels)
+        m.submodules.heads_turn = ResetInserter(self.anew)(turn)
         head, first, offset = Signal(10), Signal(TICK_BITS), Signal(bits_for(p.vector_lines - 1))
         handed, last = Signal(), Signal()
         m.d.comb += [

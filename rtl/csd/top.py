@@ -97,6 +97,7 @@ class Top(wiring.Component):
         m.d.comb += [
             host.done.eq(~decoder.run),
             decoder.clear.eq(clear),
+            fetch.anew.eq(decoder.anew),
             decoder.length.eq(register["length"]),
             decoder.draining.eq(any_of([controller.working for controller in controllers])),
             writer.clear.eq(clear),
@@ -109,11 +110,11 @@ class Top(wiring.Component):
         self._derive(m, decoder.configuration, writer, fetch)
         self._pages(m, fetch, writer, tables, staged, controllers)
         for controller in controllers:
-            m.d.comb += controller.clear.eq(clear)
+            m.d.comb += [controller.clear.eq(clear), controller.anew.eq(decoder.anew)]
             self._times(m, controller.times, register)
-        forwarded = self._lines(m, fetch, writer, kernels, controllers, staged, clear)
-        self._dram(m, writer, kernels, fetch, staged, vectors, buffer, clear)
-        self._topk(m, topk, kernels, clear)
+        forwarded = self._lines(m, fetch, writer, kernels, controllers, staged, clear, decoder.anew)
+        self._dram(m, writer, kernels, fetch, staged, vectors, buffer, clear, decoder.anew)
+        self._topk(m, topk, kernels, clear, decoder.anew)
 
         counted = {
             "channel_pages": [fetch.taken[1]],
@@ -284,7 +285,7 @@ class Top(wiring.Component):
             times.erase.eq(register["erase"]),
         ]
 
-    def _lines(self, m, fetch, writer, kernels, controllers, staged, clear):
+    def _lines(self, m, fetch, writer, kernels, controllers, staged, clear, anew):
         """Rows from controllers and group buffer to kernels and writer. Returns which kernels get a line."""
         sources = [*controllers, staged]
         grants = [[] for _ in sources]
@@ -297,6 +298,7 @@ class Top(wiring.Component):
             valid, target = (user.valid, user.line) if n < len(kernels) else (user.line_valid, user.line)
             m.d.comb += [
                 switch.clear.eq(clear),
+                switch.anew.eq(anew),
                 switch.requests.eq(Cat(source.request[n] for source in sources)),
                 switch.releases.eq(Cat(source.releases[n] for source in sources)),
                 valid.eq(here.any()),
@@ -310,8 +312,9 @@ class Top(wiring.Component):
             m.d.comb += source.grant.eq(any_of(grant))
         return forwarded
 
-    def _dram(self, m, writer, kernels, fetch, staged, vectors, buffer, clear):
+    def _dram(self, m, writer, kernels, fetch, staged, vectors, buffer, clear, anew):
         m.d.comb += [
+            vectors.anew.eq(anew),
             vectors.first_read.eq(writer.vector_read),
             vectors.first_from.eq(writer.vector_address),
             vectors.first_write.eq(writer.vector_write),
@@ -322,7 +325,7 @@ class Top(wiring.Component):
             vectors.write.eq(Cat(kernel.vector_write for kernel in kernels)),
         ]
         turn = RoundRobin(count=len(kernels))
-        m.submodules.sum_turn = ResetInserter(clear)(turn)
+        m.submodules.sum_turn = ResetInserter(clear | anew)(turn)
         slots = []
         for k, kernel in enumerate(kernels):
             slot = Signal.like(kernel.head.payload.slot, name=f"slot_{k}")
@@ -361,10 +364,11 @@ class Top(wiring.Component):
             staged.read_data.eq(buffer.read_data),
         ]
 
-    def _topk(self, m, topk, kernels, clear):
+    def _topk(self, m, topk, kernels, clear, anew):
         m.submodules.topk_turns = turns = Turns(users=len(kernels))
         m.d.comb += [
             turns.clear.eq(clear),
+            turns.anew.eq(anew),
             turns.wants.eq(Cat(kernel.topk_wants for kernel in kernels)),
             turns.releases.eq(Cat(kernel.topk_releases for kernel in kernels)),
         ]

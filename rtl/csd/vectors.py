@@ -25,6 +25,7 @@ class Turns(wiring.Component):
     -------
     ======== === ===== ==================================================================
     clear    In  1     nobody has it, and the first one comes first
+    anew     In  1     the first one comes first
     wants    In  users
     releases In  users it is his for the last time; in the next tick the unit is free
     has      Out users one-hot; from the tick in which the unit is free and he wants it
@@ -33,12 +34,14 @@ class Turns(wiring.Component):
 
     def __init__(self, *, users: int):
         self._users = users
-        super().__init__({"clear": In(1), "wants": In(users), "releases": In(users), "has": Out(users)})
+        super().__init__(
+            {"clear": In(1), "anew": In(1), "wants": In(users), "releases": In(users), "has": Out(users)}
+        )
 
     def elaborate(self, platform):
         m = Module()
         turn = RoundRobin(count=self._users)
-        m.submodules.turn = ResetInserter(self.clear)(turn)
+        m.submodules.turn = ResetInserter(self.clear | self.anew)(turn)
         owner = Signal(self._users)
         m.d.comb += [
             turn.requests.eq(self.wants),
@@ -65,6 +68,7 @@ class Vectors(wiring.Component):
     Members
     -------
     ============= === ========== ==================================================
+    anew          In  1          turns begin with the first kernel
     first_read    In  1          the writer reads
     first_from    In             this line
     first_write   In  1          the writer writes
@@ -88,6 +92,7 @@ class Vectors(wiring.Component):
         address, line = bits_for(params.vector_lines - 1), params.lanes * FP16.width
         super().__init__(
             {
+                "anew": In(1),
                 "first_read": In(1),
                 "first_from": In(address),
                 "first_write": In(1),
@@ -112,8 +117,9 @@ class Vectors(wiring.Component):
         m.submodules.lines = lines = store(
             black_box=self._black_box, width=p.lanes * FP16.width, depth=p.vector_lines
         )
-        m.submodules.read_turn = read = RoundRobin(count=self._users)
-        m.submodules.write_turn = write = RoundRobin(count=self._users)
+        read, write = RoundRobin(count=self._users), RoundRobin(count=self._users)
+        m.submodules.read_turn = ResetInserter(self.anew)(read)
+        m.submodules.write_turn = ResetInserter(self.anew)(write)
         m.d.comb += [
             read.requests.eq(self.read),
             read.ready.eq(~self.first_read),

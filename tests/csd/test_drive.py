@@ -291,7 +291,7 @@ def repeats(monkeypatch):
 def test_layers_that_are_alike_fold(repeats):
     p = SYSTEM._replace(patterns=2)
     assert_folds(p, layers(p, 12))
-    assert len(repeats) >= 2 * 8
+    assert sum(end - first for first, end in repeats) >= 5 * 9
 
 
 def test_what_differs_is_simulated(repeats):
@@ -307,10 +307,14 @@ def test_what_differs_is_simulated(repeats):
 
 
 def test_turns_are_part_of_what_is_alike(repeats):
-    """A head goes to the other kernel than the one before."""
+    """A head goes to the other kernel than the one before, unless it comes after the drive."""
     head = f".segment label={arch.CACHED}\n{CONFIG}WRITE slot=0 tokens=48\n.segment label=run\n{CONFIG}"
-    assert_folds(P, arch.ISA.assemble(head + "ATTEND slot=0 tokens=48 after=4\n" * 12))
-    assert repeats
+    assert_folds(SYSTEM, arch.ISA.assemble(head + "ATTEND slot=0 tokens=48 after=4\n" * 12))
+    assert len(repeats) == 10  # the first one is simulated, and the last one, as nothing says when it ends
+    repeats.clear()
+    step = "GPU operations=90000\nATTEND slot=0 tokens=48 after=1\n"
+    assert_folds(SYSTEM, arch.ISA.assemble(head + step * 12))
+    assert 0 < len(repeats) < 10
 
 
 @settings(deadline=None, max_examples=25)
