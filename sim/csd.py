@@ -328,11 +328,14 @@ class _Machine:
         return end
 
 
-def _pieces(p: CsdParams, program: Program, tables: Tables) -> Iterator[tuple[int, Array]]:
-    """Segments with their repetitions, checked; those of what is cached are done here."""
+def _pieces(
+    p: CsdParams, program: Program, tables: Tables, labels: list[str]
+) -> Iterator[tuple[int, Array]]:
+    """Segments with their repetitions, checked; those of what is cached are done here. `labels` gets theirs."""
     begun = False
     for number, segment in enumerate(program.segments):
         code = segment.regions["code"]
+        labels.append(segment.label)
         arch.check(p, code, f"segment {number}, ")
         if segment.label != arch.CACHED:
             begun = True
@@ -369,6 +372,7 @@ def simulate(
     machine = _Machine(p, tables, decisions, len(tags))
     spans: dict[int, Array] = {}
     logs: list[Array] = []
+    labels: list[str] = []
     kept = 0
 
     def execute(block: _Block, last: bool) -> None:
@@ -386,7 +390,7 @@ def simulate(
             progress(block.pieces[-1].segment + 1, steps)
 
     block = _Block(p, decisions, fold)
-    for number, code in _pieces(p, program, tables):
+    for number, code in _pieces(p, program, tables, labels):
         if block.pieces and len(code) and code["op"][0] == arch.OP["CONFIG"]:
             execute(block, False)
             block = _Block(p, decisions, fold)
@@ -404,7 +408,7 @@ def simulate(
         units=(*arch.unit_names(p), *arch.SYSTEM_UNITS),
         causes=arch.CAUSES,
         activity=d.activity,
-        labels=[segment.label for segment in program.segments],
+        labels=labels,
         events=int(d.flash.totals.sum()),
         log=np.concatenate([np.zeros(0, LOG), *logs]) if trace else None,
         waiting=arch.WAITING,

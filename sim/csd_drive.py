@@ -188,6 +188,7 @@ from tilewright.sim.csd_state import (
     S_NEXT,
     S_OPEN,
     S_TURN,
+    SHARES_NEXT,
     SLOT,
     SPAN,
     SPANS,
@@ -950,6 +951,7 @@ def _last_line(d, port):
         if row[S_OPEN] > row[S_AT] and tick >= row[S_CLOSED]:
             tick += row[S_OPEN] - max(row[S_CLOSED], row[S_AT])
         row[S_NEXT] = tick
+    d.one[SHARES_NEXT] = min(d.shares[0, S_NEXT], min(d.shares[1, S_NEXT], d.shares[2, S_NEXT]))
 
 
 @njit(**INNER)
@@ -1038,31 +1040,39 @@ def run(p, d):
     now = one[NOW]
     one[DECODER_NEXT] = now
     while True:
+        acts = False  # but for flash and ports
         if one[DECODER_NEXT] <= now:
             _decode(p, d, now)
             if one[STOPPED] > 0:
                 break
+            acts = True
         if one[HAND_NEXT] <= now:
             _hand_over(p, d, now)
+            acts = True
         if one[FLASH_NEXT] <= now:
             _flash(p, d, now)
         if one[FETCH_NEXT] <= now:
             _fetch(p, d, now)
+            acts = True
         if one[MOVER_NEXT] <= now:
             _mover(p, d, now)
+            acts = True
         if f.look[channels] <= now:
             step_rows(p, f, channels, now)
             one[FETCH_NEXT] = min(one[FETCH_NEXT], now + 1)
             one[GRANT_NEXT] = now
         if one[GRANT_NEXT] <= now:
             _grants(p, d, now)
-        _ports(d, now)
+        if one[SHARES_NEXT] == now:
+            _ports(d, now)
         if one[TOPK_NEXT] <= now:
             _argtopk(d, now)
         for k in range(kernels):
             if d.kernels[k, K_NEXT] <= now:
                 _kernel(p, d, k, now)
-        _charge_fetch(d, now)
+                acts = True
+        if acts:
+            _charge_fetch(d, now)
         if one[LOOKED_FROM] < _NEVER:
             one[FETCH_NEXT] = min(one[FETCH_NEXT], room_at(f, one[LOOKED_CHANNEL], p.flash_queue, now))
         if one[MOVER_BLOCKED] >= 0:
@@ -1071,8 +1081,7 @@ def run(p, d):
                 one[MOVER_NEXT], one[MOVER_BLOCKED] = following, -1
         following = min(one[DECODER_NEXT], one[HAND_NEXT], one[MOVER_NEXT], one[FETCH_NEXT])
         following = min(following, one[FLASH_NEXT], f.look[channels], one[GRANT_NEXT], one[TOPK_NEXT])
-        for port in range(3):
-            following = min(following, d.shares[port, S_NEXT])
+        following = min(following, one[SHARES_NEXT])
         for k in range(kernels):
             following = min(following, d.kernels[k, K_NEXT])
         if following <= now or following == _NEVER:

@@ -85,7 +85,8 @@ class _Open(NamedTuple):
     first: int
     end: int
     now: int
-    activity: Array
+    tags: Array
+    activity: Array  # of its tags, then of none
     counters: Array
     totals: Array
 
@@ -144,8 +145,9 @@ class Memory:
             key = end - first, int(key_of(d.code, ahead.digests, first, end, remembered))
             if key in self._done:
                 return end, self._done[key]
+            tags = self._tags_of(d, first, end).rows
             self._open[level] = _Open(
-                key, first, end, now, d.activity.copy(), d.counters.copy(), d.flash.totals.copy()
+                key, first, end, now, tags, d.activity[tags], d.counters[tags], d.flash.totals.copy()
             )
         return None
 
@@ -156,14 +158,13 @@ class Memory:
                 continue
             self._open[level] = None
             if o.end == index:
-                tags = self._tags_of(d, o.first, o.end).rows
                 log = d.log[o.first : o.end].copy()
                 log[:, :2] -= o.now
                 self._done[o.key] = _Done(
                     now - o.now,
                     log,
-                    d.activity[tags] - o.activity[tags],
-                    d.counters[tags] - o.counters[tags],
+                    d.activity[o.tags] - o.activity,
+                    d.counters[o.tags] - o.counters,
                     d.flash.totals - o.totals,
                     now_turns,
                 )

@@ -184,9 +184,10 @@ S_AT, S_TURN, S_NEXT, S_CLOSED, S_OPEN = range(5)
     RESUMED,  # command before which it does not pause again
     LIMIT,  # the first command whose pages are not there yet
     ANEW,  # turns are given anew at the end of the tick before
-) = range(49)
-SCALARS = 49
-WAKES = (*(HAND_NEXT, MOVER_NEXT, FETCH_NEXT, FLASH_NEXT, GRANT_NEXT, TOPK_NEXT, LOOKED_FROM),)
+    SHARES_NEXT,  # the first S_NEXT of all ports
+) = range(50)
+SCALARS = 50
+WAKES = (HAND_NEXT, MOVER_NEXT, FETCH_NEXT, FLASH_NEXT, GRANT_NEXT, TOPK_NEXT, LOOKED_FROM, SHARES_NEXT)
 
 
 class Drive(NamedTuple):
@@ -201,7 +202,7 @@ class Drive(NamedTuple):
     filters: Array  # [k, 20]
     shares: Array  # [3, 5]
     wants: Array  # [3, k] whether the kernel is known to want the port
-    one: Array  # [49]
+    one: Array  # [50]
     queue: Array  # [2, command_queue] rows of the code: reads, writes
     level: Array  # [2]
     head: Array  # [2] the tick from which a queue's oldest command is seen

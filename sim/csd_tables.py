@@ -231,34 +231,35 @@ def _give(r, s, row):
 
 
 @njit(**CALLED)
-def _logs(r, s, row, h):
-    """A digest with what programs depend on: dies and types of the next pages, and where blocks end among them."""
-    _, _, n = _gives(row)
-    if n == 0:
+def _logs(r, s, row, before, h):
+    """A digest with what programs depend on: dies and types of the pages that a command was given, of each log those
+    from `before` on, and where blocks end among them."""
+    if _gives(row)[2] == 0:
         return h
     for c in range(r.channels):
-        place = s.taken[c] % r.block_pages
+        place = before[c] % r.block_pages
         h = _mix(h, place if r.typed else place % r.planes)
-        # The first and the last page of a block may be given by one command, or by two that follow each other.
+        # Pages of one block may also be given by two commands that follow each other.
         left = r.block_pages - place
-        h = _mix(h, left if place == 0 or left <= row[_HEADS] * n else 0)
+        h = _mix(h, left if place == 0 or left < s.taken[c] - before[c] else 0)
     return h
 
 
 @njit(**CALLED)
 def _slots(s, form, row, h):
-    """A digest with those of the command's slots."""
+    """A digest with those of the command's slots, which are mixed well."""
+    total = np.uint64(0)
     for slot in range(row[_SLOT], row[_SLOT] + row[_HEADS]):
-        h = _mix(h, s.digests[form, slot])
-    return h
+        total = total * np.uint64(0x9E3779B97F4A7C15) + s.digests[form, slot]
+    return _mix(h, total)
 
 
 @njit(cache=True)
-def follow(r, s, rows, masks, placed, first, end, out):
+def follow(r, s, rows, masks, placed, first, end, before, out):
     """Do to tables and logs what commands `first` up to `end` do; `out` gets their digests.
 
     `placed` are the columns that say where and when a command is, and nothing of what it does; `masks` a digest of what
-    each command selects. Returns the command it comes to, and why it goes no further.
+    each command selects, `before` int64[channels] of no matter what. Returns the command it comes to, and why it goes no further.
     """
     for i in range(first, end):
         row = rows[i]
@@ -282,8 +283,10 @@ def follow(r, s, rows, masks, placed, first, end, out):
                 form, _, _, n = _finds(row, second == 1)
                 if n > 0:
                     h = _slots(s, form, row, h)
-            h = _logs(r, s, row, h)
+            for c in range(r.channels):
+                before[c] = s.taken[c]
             _give(r, s, row)
+            h = _logs(r, s, row, before, h)
         out[i] = h
     return end, DONE
 
@@ -361,12 +364,15 @@ class Tables:
             t.table, t.taken, np.zeros_like(t.taken), t.erased, np.zeros(shape, np.int64), np.zeros(shape, np.uint64)
         )
         self._unlike = 0
+        self._before = np.zeros_like(t.taken)
         self._placed = np.zeros(csd_state.CODE_COLUMNS, np.bool_)
         self._placed[[csd_state.SLOT, *csd_state.PLACED]] = True
 
     def follow(self, rows: Array, masks: Array, first: int, end: int, digests: Array) -> tuple[int, int]:
         """Commands `first` up to `end` of the drive's code. Returns the command it comes to, and why."""
-        i, why = follow(self._rules, self._state, rows, masks, self._placed, first, end, digests)
+        i, why = follow(
+            self._rules, self._state, rows, masks, self._placed, first, end, self._before, digests
+        )
         return int(i), int(why)
 
     def unlike(self) -> int:

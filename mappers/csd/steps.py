@@ -141,6 +141,7 @@ class Steps:
             self.reclaimed = 0
         self.steps += [self.steps[-1]] * bool(self.reclaimed)
         self._decode: dict[bool, _Step] = {}
+        self._elsewhere: dict[tuple[bool, bool], tuple[Code, NDArray[np.int64], NDArray[np.int64]]] = {}
         self._work = work_of(graphs["decode"]) if s.generate else None
         # Tags are numbered now, in the order of the program: a step that completes a span has one more operator.
         if drive and s.context:
@@ -427,29 +428,51 @@ class Steps:
 
     def _step_elsewhere(self, i: int, tokens: int) -> Code:
         """The GPU attends to what comes over the link a layer ahead, and gives the new token's K and V back."""
+        s = self.scenario
+        kind = i == 0, i + 1 == s.generate
+        if kind not in self._elsewhere:
+            self._elsewhere[kind] = self._template_elsewhere(tokens, *kind)
+        template, attention, fetch = self._elsewhere[kind]
+        code = template.copy()
+        assert self._work is not None
+        more = tokens - (s.context + s.prompt + 1)  # than in the first step
+        for name, column in (("operations", 0), ("bytes", 1)):
+            code[name][attention] = [
+                (work.attention.operations, work.attention.bytes)[column]
+                + more * work.attention.by_key[column]
+                for work in self._work[1]
+            ]
+        code["bytes"][fetch] = self._kv_share(tokens - 1, s.batch)
+        if not kind[1]:
+            code["bytes"][fetch[-1]] = self._kv_share(tokens, s.batch)
+        return code
+
+    def _template_elsewhere(
+        self, tokens: int, first: bool, last: bool
+    ) -> tuple[Code, NDArray[np.int64], NDArray[np.int64]]:
+        """The commands of a step, and which of them attend and fetch; `tokens` only says whether there is anything to
+        fetch."""
         s, lay = self.scenario, self.layout
         assert self._work is not None
         head, layers, tail = self._work
         code = Lines()
-        if i == 0:
+        attention = []
+        if first:
             self._fetch_elsewhere(code, 0, tokens - 1, s.batch)
         self._gpus(code, head)
         for layer, work in enumerate(layers):
             self._gpus(code, work.before)
-            more = tokens - (s.context + s.prompt + 1)  # than in the first step
-            a = work.attention
-            code.add(
-                "GPU", self._tag(a.name, layer), operations=a.operations + more * a.by_key[0],
-                bytes=a.bytes + more * a.by_key[1], after=AFTER_LINK,
-            )  # fmt: skip
+            attention.append(code.add("GPU", self._tag(work.attention.name, layer), after=AFTER_LINK))
             self._gpus(code, work.behind)
             if layer + 1 < lay.model.layers:
                 self._fetch_elsewhere(code, layer + 1, tokens - 1, s.batch)
-            elif i + 1 < s.generate:
+            elif not last:
                 self._fetch_elsewhere(code, 0, tokens, s.batch)
             self._link(code, "kv_store", layer, self._kv_share(1, s.batch), self._paths[0], AFTER_GPU)
         self._gpus(code, tail)
-        return code.array()
+        out = code.array()
+        fetches = [tag for (op, _), tag in self._tag_of.items() if op == "kv_fetch"]
+        return out, np.array(attention), np.flatnonzero(np.isin(out["tag"], fetches))
 
 
 @dataclass(frozen=True)

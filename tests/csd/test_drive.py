@@ -130,9 +130,18 @@ def test_heads_share_the_drive_as_in_the_rtl(timing):
 # ---- GPU and link -------------------------------------------------------------------------------------
 
 # 2 operations, or 4 bytes, a tick; the path to host memory takes 3 ticks and moves 2 bytes in one.
+
+
+def constant(*values):
+    """Read-only, as arrays of parameters are: kernels are compiled for them already."""
+    out = np.array(values)
+    out.setflags(write=False)
+    return out
+
+
 SYSTEM = P._replace(
     gpu_ops_p=2, gpu_ops_q=1, gpu_bytes_p=4, gpu_bytes_q=1, gpu_launch=5,
-    path_p=np.array([1, 2, 1, 1]), path_q=np.array([1, 1, 1, 1]), path_latency=np.array([0, 3, 0, 0]),
+    path_p=constant(1, 2, 1, 1), path_q=constant(1, 1, 1, 1), path_latency=constant(0, 3, 0, 0),
 )  # fmt: skip
 
 
