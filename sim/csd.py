@@ -174,7 +174,9 @@ def _fill(p: CsdParams, tables: Tables, segment: int, code: Array) -> None:
 class _Ahead:
     """The commands of a block: what is known of them before they are executed, and pages and masks of those that are."""
 
-    def __init__(self, p: CsdParams, tables: Tables, decisions: Decisions, block: _Block, code: Array, before: int):
+    def __init__(
+        self, p: CsdParams, tables: Tables, decisions: Decisions, block: _Block, code: Array, before: int
+    ):
         """The block's begin at row `before` of the drive's `code`."""
         self._p, self._tables, self._decisions, self._block = p, tables, decisions, block
         self._code, self._before, self._end = code, before, len(code) - 1
@@ -191,7 +193,9 @@ class _Ahead:
     def _follow(self) -> None:
         """Go on, where all commands that are known are placed or left out: later ones may write over their pages."""
         while self.known == self.placed < self._end:
-            self.known, why = self._tables.follow(self._code, self._masks, self.known, self._end, self.digests)
+            self.known, why = self._tables.follow(
+                self._code, self._masks, self.known, self._end, self.digests
+            )
             if why == REFUSED:
                 self._block.command(self._tables, self.known - self._before)
                 raise AssertionError(f"command {self.known - self._before} was refused for no reason")
@@ -328,9 +332,7 @@ class _Machine:
         return end
 
 
-def _pieces(
-    p: CsdParams, program: Program, tables: Tables, labels: list[str]
-) -> Iterator[tuple[int, Array]]:
+def _pieces(p: CsdParams, program: Program, tables: Tables, labels: list[str]) -> Iterator[tuple[int, Array]]:
     """Segments with their repetitions, checked; those of what is cached are done here. `labels` gets theirs."""
     begun = False
     for number, segment in enumerate(program.segments):

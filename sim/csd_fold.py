@@ -130,7 +130,9 @@ class Memory:
         d.one[INDEX], d.one[NOW], d.one[RESUMED] = first, now, first
         _set_turns(d, turns_now)
 
-    def _find(self, d: Drive, ahead: Ahead, first: int, now: int, turns_now: Array) -> tuple[int, _Done] | None:
+    def _find(
+        self, d: Drive, ahead: Ahead, first: int, now: int, turns_now: Array
+    ) -> tuple[int, _Done] | None:
         """A round or a stretch from `first` on that was done before, and its end; those that were not are opened."""
         for level, ends in enumerate(self._ends):
             if self._open[level] is not None or (level == 0 and d.code[first, OP] < GPU):

@@ -361,7 +361,12 @@ class Tables:
         )  # fmt: skip
         shape = t.table.shape[0], p.slots
         self._state = State(
-            t.table, t.taken, np.zeros_like(t.taken), t.erased, np.zeros(shape, np.int64), np.zeros(shape, np.uint64)
+            t.table,
+            t.taken,
+            np.zeros_like(t.taken),
+            t.erased,
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.uint64),
         )
         self._unlike = 0
         self._before = np.zeros_like(t.taken)

@@ -75,7 +75,7 @@ def test_bytes_of_a_decode_step_by_hand():
     attends = of(code, "ATTEND")
     assert len(attends) == 40 * 20 and set(attends["heads"]) == {128} and set(attends["tokens"]) == {1025}
     assert attends["slot"].tolist() == list(range(0, 40 * 2560, 128))
-    assert attends["after"][:20].tolist() == [0] + [4] * 19
+    assert set(attends["after"]) == {4}
     assert set(of(code, "WRITE")["heads"]) == {640} and set(of(code, "WRITE")["first"]) == {1024}
     # Queries at 0, 2560 heads x 128 / 32 lines; keys, values and results follow.
     write = of(code, "WRITE")[1]

@@ -87,6 +87,12 @@ MUTANTS = (
         24,
     ),
     Mutant(
+        "rtl: what comes after the drive leaves turns of heads as they are",
+        partial(_rtl, "fetch", "Fetch._hand_over", "ResetInserter(self.anew)(turn)", "turn"),
+        _TWO,
+        24,
+    ),
+    Mutant(
         "rtl: local tokens are not preferred",
         partial(
             _rtl, "argtopk", "ArgTopK.elaborate", "Mux(self.local < self.n, self.n - self.local, 0)", "self.n"
