@@ -1,5 +1,7 @@
 """Page tables as the model keeps them, against those that commands are defined by; and what digests tell apart."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,7 +64,7 @@ def walk(p, code):
         end = tables.place(rows, first, known, pages, 0)
         assert end == tables.count(rows, first, known)
         bounds = [*np.sort(rows[first:known, [PAGES, PAGES2]], axis=1)[:, 0].tolist(), end]
-        out += [pages[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+        out += [pages[a:b].tolist() for a, b in pairwise(bounds)]
     return out, why
 
 
