@@ -631,8 +631,11 @@ def _fetch(p, d, now):
             else:
                 following = now + 1
         if row[F_BUSY] > 0:
+            by_lookup = row[F_PASSES] > 0 and row[F_PAGE] < row[F_STAGED]
             if row[F_READY] > now:
-                following = min(following, row[F_READY])
+                # Who waits for a full register is woken with it.
+                if not by_lookup or one[LOOKED_FROM] == _NEVER:
+                    following = min(following, row[F_READY])
             elif row[F_PASSES] == 0 or _fits(d, k):
                 # What waits for a full queue behind it is woken when that changes.
                 if row[F_PAGE] < row[F_STAGED]:
