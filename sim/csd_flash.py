@@ -213,13 +213,35 @@ def _needs(p, s, op, other):
     return mine[_KIND] == _ERASE or before[_KIND] != _READ
 
 
-@njit(**CALLED)
-def _release_needs(p, s, c, op):
-    """Operations of the channel that wait for `op` wait for one less."""
-    for i in range(c * p.flash_queue, (c + 1) * p.flash_queue):
-        younger = s.ops[i, _LIVE] > 0 and s.ops[i, _SERIAL] > s.ops[op, _SERIAL]
-        if younger and _needs(p, s, i, op):
-            s.ops[i, _NEEDS] -= 1
+@njit(**INNER)
+def _release_needs(p, s, op):
+    """Operations that wait for `op`, all of its unit, wait for one less."""
+    first = 3 * s.ops[op, _UNIT]
+    for at in range(first, first + 3):
+        for i in range(s.counts[at]):
+            younger = s.waiting[at, i]
+            if s.ops[younger, _SERIAL] > s.ops[op, _SERIAL] and _needs(p, s, younger, op):
+                s.ops[younger, _NEEDS] -= 1
+
+
+@njit(**INNER)
+def _count_needs(p, s, c, op):
+    """How many operations of its channel a new one waits for: for an erase any may be one, else those of its unit that
+    wait, too, and a program or an erase that it works on."""
+    if s.ops[op, _KIND] == _ERASE:
+        for other in range(c * p.flash_queue, (c + 1) * p.flash_queue):
+            if other != op and _needs(p, s, op, other):
+                s.ops[op, _NEEDS] += 1
+        return
+    unit = s.ops[op, _UNIT]
+    for at in range(3 * unit, 3 * unit + 3):
+        for i in range(s.counts[at]):
+            if _needs(p, s, op, s.waiting[at, i]):
+                s.ops[op, _NEEDS] += 1
+    if s.units[unit, _STATE] == _BUSY and s.units[unit, _DOING] != _READ:
+        for i in range(s.units[unit, _SIZE]):
+            if _needs(p, s, op, s.groups[unit, i]):
+                s.ops[op, _NEEDS] += 1
 
 
 @njit(**INNER)
@@ -228,7 +250,7 @@ def _complete(p, s, c, op):
     row[_LIVE_COUNT] -= 1
     kind = s.ops[op, _KIND]
     if kind != _READ or row[_ERASES] > 0:
-        _release_needs(p, s, c, op)
+        _release_needs(p, s, op)
     s.ops[op, _LIVE] = 0
     if kind != _READ:
         row[_WRITES] -= 1
@@ -512,9 +534,7 @@ def push(p, s, c, kind, number, port, lines, batch, tag, now):
     row[_SERIALS] += 1
     o[_NEEDS] = 0
     if row[_WRITES] > 0 or kind == _ERASE:
-        for other in range(c * p.flash_queue, (c + 1) * p.flash_queue):
-            if other != op and _needs(p, s, op, other):
-                o[_NEEDS] += 1
+        _count_needs(p, s, c, op)
     o[_LIVE] = 1
     row[_WRITES] += kind != _READ
     row[_ERASES] += kind == _ERASE
