@@ -210,6 +210,8 @@ def _overwrites(r, s, row):
 def _give(r, s, row):
     """Head by head and entry by entry the next page of the entry's log."""
     form, begin, n = _gives(row)
+    if n == 0:  # a token that fills no page, as most
+        return
     for slot in range(row[_SLOT], row[_SLOT] + row[_HEADS]):
         digest = s.digests[form, slot]
         for position in range(begin, begin + n):
