@@ -248,7 +248,7 @@ class _Builder:
                         table = np.zeros((1 << top, arch.BANK_BITS + 1), np.uint64)
                         fill_table(np.array(row, np.int64), row[e.LANE + side], bits, p.lanes, table)
                         self.banks.append(table)
-                        depths[key] = int(table.any(axis=0).nonzero()[0].max()) + 1
+                        depths[key] = int(np.flatnonzero(np.any(table, axis=0)).max()) + 1
                     row[e.TABLE + side], row[e.TABLE_DEPTH + side] = offsets[key], depths[key]
                 row[e.ALWAYS + side] = self._always(row, side)
             row[e.GIVES] = -1
