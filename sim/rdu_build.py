@@ -208,6 +208,7 @@ class _Builder:
         r, rows = self._rows(arch.CONFIG_PMU)
         bits = p.banks.bit_length() - 1
         offsets: dict[tuple, int] = {}
+        depths: dict[tuple, int] = {}
         mask = (1 << arch.ADDRESS_BITS) - 1
         for i in rows:
             x, y, enable = r["x"][i], r["y"][i], r["enable"][i]
@@ -247,7 +248,8 @@ class _Builder:
                         table = np.zeros((1 << top, arch.BANK_BITS + 1), np.uint64)
                         fill_table(np.array(row, np.int64), row[e.LANE + side], bits, p.lanes, table)
                         self.banks.append(table)
-                    row[e.TABLE + side] = offsets[key]
+                        depths[key] = int(np.flatnonzero(np.any(table, axis=0)).max()) + 1
+                    row[e.TABLE + side], row[e.TABLE_DEPTH + side] = offsets[key], depths[key]
                 row[e.ALWAYS + side] = self._always(row, side)
             row[e.GIVES] = -1
             if enable & 2:

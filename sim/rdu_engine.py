@@ -40,6 +40,7 @@ from tilewright.sim.rdu_state import (
     CREDIT,
     DEBT,
     DELTA,
+    DEPTH,
     DIRTY,
     DRAIN,
     DROPPED,
@@ -137,6 +138,7 @@ from tilewright.sim.rdu_state import (
     SWITCH,
     SYSTOLIC,
     TABLE,
+    TABLE_DEPTH,
     TABLE_MASK,
     TAKEN,
     TOKEN,
@@ -492,10 +494,14 @@ def _access(m, i, side, address, bits):
     inside = lanes
     if word + (lanes - 1) * lane < row[WORDS] and row[TABLE + side] >= 0:
         table = m.tables[row[TABLE + side] + (word & row[TABLE_MASK])]
-        for k in range(PLANES):
+        row[DEPTH + side] = row[TABLE_DEPTH + side]
+        for k in range(row[DEPTH + side]):
             planes[k] = table[k]
+    elif word >= row[WORDS] and word + (lanes - 1) * lane <= 0xFFFFFF:
+        inside = row[DEPTH + side] = 0  # others keep what goes by
     else:
         inside = 0
+        row[DEPTH + side] = PLANES
         for k in range(lanes):
             at = (word + k * lane) & 0xFFFFFF
             if at < row[WORDS]:
@@ -507,19 +513,19 @@ def _access(m, i, side, address, bits):
 
 
 @njit(**INNER)
-def _wanted(planes):
-    out = planes[0]
-    for k in range(1, PLANES):
+def _wanted(planes, depth):
+    out = np.uint64(0)
+    for k in range(depth):
         out |= planes[k]
     return out
 
 
 @njit(**INNER)
-def _serve(planes, banks):
+def _serve(planes, depth, banks):
     """One access at each of these banks is done. Returns whether any are left."""
     borrow = banks
     left = np.uint64(0)
-    for k in range(PLANES):
+    for k in range(depth):
         plane = planes[k]
         planes[k] = plane ^ borrow
         borrow &= ~plane
@@ -536,6 +542,12 @@ def _ones(x):
     x += x >> np.uint64(16)
     x += x >> np.uint64(32)
     return np.int64(x & np.uint64(0x7F))
+
+
+@njit(**INNER)
+def _lowest(x):
+    """The number of the lowest bit that is set."""
+    return _ones(~x & (x - np.uint64(1)))
 
 
 @njit(**INNER)
@@ -566,9 +578,9 @@ def pmu_tick(m, i, t, bits):
     # The banks.
     writes = reads = np.uint64(0)
     if row[OCCUPIED]:
-        writes = _wanted(m.planes[i, 0])
+        writes = _wanted(m.planes[i, 0], row[DEPTH])
     if row[OCCUPIED + 1] and move:
-        reads = _wanted(m.planes[i, 1])
+        reads = _wanted(m.planes[i, 1], row[DEPTH + 1])
     both = writes & reads
     if both:
         if row[WRITE_FIRST]:
@@ -580,12 +592,12 @@ def pmu_tick(m, i, t, bits):
     conflict = False
     if row[OCCUPIED]:
         row[MOVED] += _ones(writes)
-        written = not _serve(m.planes[i, 0], writes)
+        written = not _serve(m.planes[i, 0], row[DEPTH], writes)
         conflict = not written
         acts = True
     if row[OCCUPIED + 1] and move:
         row[MOVED + 1] += _ones(reads)
-        read_done = not _serve(m.planes[i, 1], reads)
+        read_done = not _serve(m.planes[i, 1], row[DEPTH + 1], reads)
         conflict |= not read_done
         acts = True
     row[CONFLICTS] += conflict
@@ -696,6 +708,7 @@ def switch_tick(m, s, t):
     if ins == 1:
         return _fork(m, m.ports[first], first_out, outs, t)
     wake = np.int64(NEVER)
+    wanted = taking = np.uint64(0)  # outputs that heads want; inputs whose heads do
     for i in range(ins):
         link = m.ports[first + i]
         row = m.link[link]
@@ -703,28 +716,35 @@ def switch_tick(m, s, t):
         head = _head(m, link)
         if head <= t:
             row[WANT] = m.flow_out[m.items[row[BASE] + row[READ]] >> 20] & ~row[SENT]
+            wanted |= np.uint64(row[WANT])
+            taking |= np.uint64(1) << np.uint64(i)
         else:
             wake = min(wake, head)
-    for o in range(outs):
+    alone = taking & (taking - np.uint64(1)) == 0
+    while wanted:
+        o = _lowest(wanted)
+        wanted &= wanted - np.uint64(1)
         out = m.ports[first_out + o]
-        turn = m.link[out, TURN]
-        chosen = -1
-        several = False
-        for k in range(ins):
-            i = turn + k
-            if i >= ins:
-                i -= ins
-            if m.link[m.ports[first + i], WANT] >> o & 1:
-                if chosen < 0:
-                    chosen = i
-                else:
-                    several = True
-        if chosen < 0:
-            continue
         room = _room(m, out, t)
         if room > t:
             wake = min(wake, room)
             continue
+        chosen = -1
+        several = False
+        if alone:
+            chosen = _lowest(taking)
+        else:
+            turn = m.link[out, TURN]
+            for k in range(ins):
+                i = turn + k
+                if i >= ins:
+                    i -= ins
+                if m.link[m.ports[first + i], WANT] >> o & 1:
+                    if chosen < 0:
+                        chosen = i
+                    else:
+                        several = True
+                        break
         row = m.link[m.ports[first + chosen]]
         item = m.items[row[BASE] + row[READ]]
         _push(m, out, t, m.flow_next[item >> 20, o] << 20 | item & 0xFFFFF)
@@ -733,8 +753,9 @@ def switch_tick(m, s, t):
         row[WANT] &= ~(1 << o)
         if several:
             wake = min(wake, t + 1)
-    for i in range(ins):
-        link = m.ports[first + i]
+    while taking:
+        link = m.ports[first + _lowest(taking)]
+        taking &= taking - np.uint64(1)
         row = m.link[link]
         if row[SENT] and not row[WANT]:
             row[SENT] = 0
@@ -876,12 +897,6 @@ def group_tick(m, g, t):
 
 
 # ---- the run ------------------------------------------------------------------------------------------
-
-
-@njit(**INNER)
-def _lowest(x):
-    """The number of the lowest bit that is set."""
-    return _ones(~x & (x - np.uint64(1)))
 
 
 @njit(**CALLED)

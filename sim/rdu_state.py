@@ -128,7 +128,9 @@ CONFLICTS = POSITION + 6
 MOVED = CONFLICTS + 1  # words written, words read
 DROPPED = CONFLICTS + 3
 ALWAYS = CONFLICTS + 4  # no address is ever out of range
-PMU_ROW = ALWAYS + 2
+TABLE_DEPTH = ALWAYS + 2  # planes that a table has any access in
+DEPTH = ALWAYS + 4  # and the accesses at hand
+PMU_ROW = ALWAYS + 6
 
 # Machine.agcu
 (

@@ -191,11 +191,6 @@ def _blocked(built: Built, line: Pipeline) -> int:
 
     What is loaded is through before weights leave their memory units.
     """
-    on: dict[tuple[str, int, int, int], list[Stream]] = {}
-    for r in built.routing.routes.values():
-        for hop in r.hops:
-            for out in hop.outs:
-                on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
 
     def meet(streams: Sequence[Stream]) -> bool:
         rests = [s.source for s in streams if s.source in line.resting]
@@ -203,9 +198,32 @@ def _blocked(built: Built, line: Pipeline) -> int:
             return False
         if all(source in line.later or source == LOADED for source in rests):
             streams = [s for s in streams if s.source not in line.loading]
-        return len(streams) > 1
+        through = set.intersection(*(line.behind.get(source, set()) for source in rests))
+        return sum(s.source not in through for s in streams) > 1
 
-    return sum(meet(streams) for streams in on.values())
+    return sum(meet(streams) for streams in _shared(built))
+
+
+def _shared(built: Built) -> list[list[Stream]]:
+    """The streams on each link."""
+    on: dict[tuple[str, int, int, int], list[Stream]] = {}
+    for r in built.routing.routes.values():
+        for hop in r.hops:
+            for out in hop.outs:
+                on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
+    return list(on.values())
+
+
+def _before(built: Built, line: Pipeline) -> dict[str, set[str]]:
+    """For each unit whose packets rest the gates whose loads share a link with them, and could wait behind them."""
+    out: dict[str, set[str]] = {}
+    for streams in _shared(built):
+        for r in streams:
+            if r.source in line.resting:
+                loads = {s.source for s in streams if line.units[s.source].kind == "agcu"}
+                if loads:
+                    out.setdefault(r.source, set()).update(loads)
+    return out
 
 
 class _Mapper:
@@ -355,7 +373,7 @@ class _Mapper:
             if self.document["percent"] or not any(k.blocked for k in tries[-1][0]):
                 break
         kernels, batch = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
-        self.kernels += kernels
+        self.kernels += [self._held_back(k) if k.blocked else k for k in kernels]
         return list(range(first, len(self.kernels))), batch
 
     def _token_choices(self, keys: int) -> tuple[list[Choice], int]:
@@ -479,6 +497,18 @@ class _Mapper:
         blocked, choice, built = best
         self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start, blocked))
         return len(self.kernels) - 1
+
+    def _held_back(self, kernel: Kernel) -> Kernel:
+        """The section with the same places and routes, whose loads never wait behind packets that rest."""
+        line, built = kernel.choice.line, kernel.built
+        line.hold_back(_before(built, line))
+        section = Section(self.p, built.name)
+        line.into(section, kernel.choice.ticks(self.p))
+        try:  # tokens have wires of their own; what joins them takes units that are left
+            built = section.build(moves=0, at={u.name: built.site(u.name) for u in built.netlist.units})
+        except UserError:
+            return kernel
+        return replace(kernel, built=built, blocked=_blocked(built, line))
 
     def _tag(self, kernel: int, layer: int) -> str:
         return f"layer {layer} {self.kernels[kernel].phase.split()[0]} {self.kernels[kernel].name}".replace(

@@ -10,7 +10,7 @@ of one matrix, each by its own range, their sequence ids are the addresses; so t
 one of the block before, the next block is read only when all of this one is written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
@@ -155,6 +155,8 @@ class Pipeline:
         """Gates that do nothing but fill them."""
         self.resting: set[str] = set()
         """Units whose packets wait on their way until others come."""
+        self.behind: dict[str, set[str]] = {}
+        """For each of these the gates for whose loads they are held back."""
         self.arguments: list[Region] = []
         self.sent: dict[str, int] = {}
         """Packets of a unit, where they are not what its loops say."""
@@ -250,6 +252,89 @@ class Pipeline:
             self.work[LOADED] = 1
         ready = Flow(1, ((LOADED,),) * self.groups, 1)
         return self.simd(f"{name}.admit", tag, [(flow, 0), (ready, LEVELS)], [], flow.columns)
+
+    def hold_back(self, after: Mapping[str, Iterable[str]]) -> None:
+        """Let nothing leave units before gates have loaded all that they load: so no load waits behind packets that rest.
+
+        `after` are the gates for each of the units. Tokens of the memory units that a gate fills hold back all memory
+        units that a unit's packets come from; what those hold has room until then. It is left as it is where a load
+        waits for something itself, or where a side has no control input to spare.
+        """
+        held: dict[str, set[str]] = {}
+        for unit, gates in after.items():
+            loads = {gate for gate in gates if self._unconditional(gate)}
+            origins = self._origins(unit)
+            if loads and all(self._holds(origin) for origin in origins):
+                self.behind.setdefault(unit, set()).update(loads)
+                for origin in origins:
+                    held.setdefault(origin, set()).update(loads)
+        done = {gate: self._through(gate) for gate in sorted(set().union(*held.values()))}
+        holds: dict[tuple[frozenset[str], int], str] = {}
+        for unit, loads in held.items():
+            fields, tag = self.units[unit].fields, self.units[unit].tag
+            if not fields.get("read_wait"):
+                fields["read_wait_level"] = LEVELS
+            times = self._events(unit, "read", "wait")
+            key = frozenset(loads), times
+            if key not in holds:
+                needs = [(done[gate], 0) for gate in sorted(loads)]
+                once = self._joined(f"{unit}.after", tag, needs, TOKENS, 1)
+                holds[key] = self.unit(
+                    f"{unit}.hold", "pcu", tag, mode="simd", vectors=0, count0=times, wait_level=LEVELS
+                )
+                self.work[holds[key]] = times
+                for source, _ in once:
+                    self.wire(source, holds[key])
+            self.wire(holds[key], f"{unit}.read")
+
+    def _events(self, unit: str, side: str, what: str) -> int:
+        """How often a side of a memory unit takes its tokens ("wait"), or gives them ("signal")."""
+        fields = self.units[unit].fields
+        level = fields.get(f"{side}_{what}_level", 0)
+        return prod(fields.get(f"{side}_count{n}", 1) for n in range(level, LEVELS))
+
+    def _unconditional(self, gate: str) -> bool:
+        """Whether a gate only fills memory units, and neither it nor they wait for anything."""
+        if self.units[gate].kind != "agcu" or self.units[gate].fields.get("wait"):
+            return False
+        sinks = {sink for sink, _ in self.sinks[gate]}
+        free = all(self.units[k].kind == "pmu" and not self.units[k].fields.get("write_wait") for k in sinks)
+        return free and len({self._events(sink, "write", "signal") for sink in sinks}) == 1
+
+    def _origins(self, unit: str) -> set[str]:
+        """The memory units and gates that a unit's packets come from."""
+        found, left, seen = set(), [unit], {unit}
+        while left:
+            at = left.pop()
+            if self.units[at].kind != "pcu":
+                found.add(at)
+                continue
+            for source, sinks in self.sinks.items():
+                if source not in seen and any(sink == at for sink, _ in sinks):
+                    seen.add(source)
+                    left.append(source)
+        return found
+
+    def _holds(self, unit: str) -> bool:
+        """Whether the read side of a memory unit can wait for one more token, as often as it waits."""
+        own = self.units[unit]
+        waits = bool(own.fields.get("read_wait"))
+        return (
+            own.kind == "pmu"
+            and own.waits.get("read", 0) < TOKENS
+            and (not waits or self._events(unit, "read", "wait") <= TOKENS_HELD)
+        )
+
+    def _through(self, gate: str) -> str:
+        """A unit that gives a token when all that a gate loads is in memory units."""
+        tag, sinks = self.units[gate].tag, list(dict.fromkeys(sink for sink, _ in self.sinks[gate]))
+        (times,) = {self._events(sink, "write", "signal") for sink in sinks}
+        needs = self._joined(f"{gate}.in", tag, [(f"{sink}.write", 0) for sink in sinks], TOKENS, times)
+        out = self.unit(f"{gate}.through", "pcu", tag, mode="simd", vectors=0, count0=times, signal_level=1)
+        self.work[out] = times
+        for source, _ in needs:
+            self.wire(source, out)
+        return out
 
     def _joined(
         self, name: str, tag: str, needs: list[tuple[str, int]], most: int, times: int

@@ -187,13 +187,20 @@ public_flat_rw -module "*" -var "mem"
 
 
 def build(
-    verilog: str, *, top: str = "top", extra_sources: Sequence[Path] = (), waves: bool = False
+    verilog: str,
+    *,
+    top: str = "top",
+    extra_sources: Sequence[Path] = (),
+    waves: bool = False,
+    blocks: Sequence[str] = (),
 ) -> Build:
     """Compile Verilog to a simulator, or take it from the cache.
 
     `verilog` is source text whose top module is `top`, `extra_sources` are Verilog files for its black boxes;
     a memory that jobs load or dump must be an array called `mem`. With `waves` the simulator can write a VCD.
-    Assertions are checked. Two processes that want the same build make it once; an interrupted build leaves
+    Assertions are checked. `blocks` are modules that are compiled by themselves, once for all their instances: a
+    design of many comes to a fraction of the code, and takes longer to run a tick; jobs reach no memory within
+    them. Two processes that want the same build make it once; an interrupted build leaves
     nothing that a later one would take.
 
     Raises UserError when a tool is missing, SimulationError with the log's tail when the build fails.
@@ -201,7 +208,8 @@ def build(
     import cocotb_tools.config
 
     tools = prepare_simulator()
-    sources = {"public.vlt": _PUBLIC.format(top=top).encode(), f"{top}.v": verilog.encode()}
+    settings = _PUBLIC.format(top=top) + "".join(f'hier_block -module "{name}"\n' for name in blocks)
+    sources = {"public.vlt": settings.encode(), f"{top}.v": verilog.encode()}
     for path in map(Path, extra_sources):
         if path.name in sources:
             raise ValueError(f"two sources are named {path.name}")
@@ -222,6 +230,7 @@ def build(
             "simulator",
         ),
         *(["--trace"] if waves else []),
+        *(["--hierarchical"] if blocks else []),
         # -rdynamic: the bench calls the VPI of the simulator it runs in.
         *("-LDFLAGS", f"-rdynamic -Wl,-rpath,{libs} -L{libs} -lcocotbvpi_verilator"),
         str(share / "lib" / "verilator" / "verilator.cpp"),
@@ -232,7 +241,7 @@ def build(
         "-C",
         "obj",
         "-f",
-        "Vtop.mk",
+        "Vtop_hier.mk" if blocks else "Vtop.mk",
         f"-j{min(4, os.cpu_count() or 1)}",
         *tools.make_variables,
     ]

@@ -1,5 +1,6 @@
 """Run programs on the RTL under Verilator, and bring back what the cycle model also says."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from tilewright.rtl.lib.memory import MODEL
 from tilewright.rtl.rdu.lines import MODEL as LINES_MODEL
 
 COPIED = ("hbm", "ddr")  # between which the DMA copies
+FEW_POSITIONS = 16  # of a grid whose parts are compiled with it
+BLOCKS = (
+    "PcuTile",
+    "AgcuTile",
+    "Switch",
+)  # those of a larger one that are compiled once; no job loads memory in them
 
 
 def build_rtl(spec: arch.RduSpec, *, depth: int = rdu.CODE_DEPTH, waves: bool = False) -> Build:
@@ -28,7 +35,9 @@ def build_rtl(spec: arch.RduSpec, *, depth: int = rdu.CODE_DEPTH, waves: bool = 
             f"set grid.columns and grid.rows"
         )
     verilog = to_verilog(rdu.top(spec, depth=depth))
-    return build(verilog, top="top", extra_sources=[MODEL, LINES_MODEL], waves=waves)
+    many = p.columns * p.rows > FEW_POSITIONS and not waves
+    blocks = re.findall(rf"^module ((?:{'|'.join(BLOCKS)})_\d+)\(", verilog, re.MULTILINE) if many else []
+    return build(verilog, top="top", extra_sources=[MODEL, LINES_MODEL], waves=waves, blocks=blocks)
 
 
 def run_cases(
@@ -137,7 +146,15 @@ def _job(case: Case, depth: int, max_ticks: int) -> Job:
             )
         ],
         loads=[(f"top.{name}.cells.mem", 0, rows) for name, rows in loads.items()],
-        reads=[(layout.base(name), layout[name].words) for name in ("status", "log", "activity", "spans")],
+        reads=[
+            *((layout.base(name), layout[name].words) for name in ("status", "activity")),
+            # Of the logs what the operations wrote: a word takes a tick, and most of the depth is empty.
+            (layout.base("log"), len(code) * layout["log"].stride),
+            *(
+                (layout.base("spans", k * depth), len(code) * layout["spans"].stride)
+                for k in range(len(host.loggers(p)))
+            ),
+        ],
         dumps=[(f"top.{name}.cells.mem", 0, len(rows)) for name, rows in memories.items()],
         max_ticks=max_ticks,
     )
@@ -155,13 +172,13 @@ def _outcome(case: Case, depth: int, result) -> Outcome:
         return Outcome(None, {}, result.error)
     p = case.params
     layout = host.hostmap(p, depth)
-    status, log, activity, spans = (
-        layout.unpack(name, words)
-        for name, words in zip(("status", "log", "activity", "spans"), result.reads, strict=True)
+    names = ("status", "activity", "log", *["spans"] * len(host.loggers(p)))
+    status, activity, log, *spans = (
+        layout.unpack(name, words) for name, words in zip(names, result.reads, strict=True)
     )
     image = _image(p, case.image, dict(zip(_memories(p, case.image), result.dumps, strict=True)))
     counts = dict(zip(host.status_names(), (int(v) for v in status), strict=True))
-    return Outcome(_timeline(case, counts, log, activity, spans.reshape(-1, depth)), image)
+    return Outcome(_timeline(case, counts, log, activity, spans), image)
 
 
 def _tagged(case: Case) -> dict[str, dict[int, int]]:
@@ -179,22 +196,22 @@ def _tagged(case: Case) -> dict[str, dict[int, int]]:
 
 
 def _timeline(
-    case: Case, counts: Mapping[str, int], log: np.ndarray, activity: np.ndarray, spans: np.ndarray
+    case: Case, counts: Mapping[str, int], log: np.ndarray, activity: np.ndarray, spans: Sequence[np.ndarray]
 ) -> Timeline:
     p = case.params
     code = case.program.flat()
     tagged = _tagged(case)
 
     # A tag's span: operations, and units in kernels, by the section that was loaded last.
-    rows = [(int(row["tag"]), int(entry)) for row, entry in zip(code, log[: len(code)], strict=True)]
+    rows = [(int(row["tag"]), int(entry)) for row, entry in zip(code, log, strict=True)]
     section = -1
     for i, row in enumerate(code):
         if row["op"] == arch.OP["PROGRAM_LOAD"]:
             section = int(row["section"])
         elif row["op"] == arch.OP["KERNEL_EXECUTE"]:
             for logger, name in enumerate(host.loggers(p)):
-                if section in tagged.get(name, {}) and spans[logger, i] >> np.uint64(32):
-                    rows.append((tagged[name][section], int(spans[logger, i])))
+                if section in tagged.get(name, {}) and spans[logger][i] >> np.uint64(32):
+                    rows.append((tagged[name][section], int(spans[logger][i])))
     tags = np.array([tag for tag, _ in rows], np.int64)
     firsts = np.array([entry & 0xFFFFFFFF for _, entry in rows], np.int64)
     ends = np.array([entry >> 32 for _, entry in rows], np.int64)

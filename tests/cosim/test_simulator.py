@@ -1,6 +1,7 @@
 """Builds, jobs and failures, on a machine whose every tick is known by hand."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from amaranth import Module, Signal
 from amaranth.lib import wiring
-from amaranth.lib.wiring import Out
+from amaranth.lib.wiring import In, Out
 
 from tests.cosim.toy import HOSTMAP, Adder
 from tilewright.arch.errors import UserError
@@ -18,6 +19,7 @@ from tilewright.rtl.cosim.simulator import Job, SimulationError, build, prepare_
 from tilewright.rtl.cosim.verilog import to_verilog
 from tilewright.rtl.host import HostPort
 from tilewright.rtl.lib.memory import MODEL
+from tilewright.rtl.rdu.shared import SharedModule
 
 pytestmark = pytest.mark.cosim
 
@@ -177,6 +179,46 @@ def test_waves(toy, verilog, tmp_path):
     assert "Assertion failed" in bad.error  # the waves of a failure are the ones that are wanted
     text = path.read_text()
     assert text.startswith("$version") and "host__addr" in text and "$enddefinitions" in text
+
+
+class Next(wiring.Component):
+    """A register that gives the number behind the one it was given."""
+
+    given: In(32)
+    out: Out(32)
+
+    def elaborate(self, platform):
+        m = Module()
+        m.d.sync += self.out.eq(self.given + 1)
+        return m
+
+
+class Row(wiring.Component):
+    """Three of them in a row, as instances of one module: it reads as 3, three ticks after the first."""
+
+    host: Out(HostPort)
+
+    def elaborate(self, platform):
+        m = Module()
+        busy = Signal()
+        m.d.sync += busy.eq(self.host.start & ~busy)
+        at = 0
+        for i in range(3):
+            m.submodules[f"next_{i}"] = unit = SharedModule(Next)
+            m.d.comb += unit.given.eq(at)
+            at = unit.out
+        m.d.comb += [self.host.done.eq(~busy), self.host.rdata.eq(at)]
+        return m
+
+
+def test_modules_are_compiled_by_themselves():
+    text = to_verilog(Row())
+    (name,) = re.findall(r"^module (Next\w*)\(", text, re.MULTILINE)
+    made = build(text, blocks=[name])
+    assert made.folder != build(text).folder
+    for each in (made, build(text)):
+        [result] = run(each, [Job(reads=[(0, 1)])])
+        assert (result.cycles, result.reads[0].tolist()) == (1, [3])
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
