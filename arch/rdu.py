@@ -84,6 +84,8 @@ CAUSE = {name: i + 1 for i, name in enumerate(CAUSES)}  # activity of a unit: 0 
 COUNTERS = (
     *("iterations", "lane_ops", "macs", "words_read", "words_written", "bank_conflicts", "dropped"),
     *("vector_hops", "scalar_hops", "hbm_lines", "ddr_lines", "remote_lines", "copied_lines", "launches"),
+    # Of channels with timed banks: rows opened; for which another one was closed; refreshes before a line.
+    *(f"{tier}_{what}" for tier in ("hbm", "ddr") for what in ("activates", "row_conflicts", "refreshes")),
 )
 
 # ---- configuration ------------------------------------------------------------------------------------
@@ -368,11 +370,37 @@ class AgcuSection(Section):
     in_flight: Annotated[int, Limits(ge=1, le=1 << 12)]
 
 
+class DramSection(Section):
+    """Banks of a channel, and the fewest nanoseconds between its commands (rules: `DRAM_TIMINGS`)."""
+
+    bank_groups: Annotated[int, Limits(ge=1, le=16)]
+    banks_per_group: Annotated[int, Limits(ge=1, le=16)]
+    row_bytes: Annotated[int, Limits(ge=1, le=1 << 20)]
+    ahead_ns: Positive
+    rcd_ns: Positive
+    rp_ns: Positive
+    ras_ns: Positive
+    rtp_ns: Positive
+    wtp_ns: Positive
+    ccd_s_ns: Positive
+    ccd_l_ns: Positive
+    rrd_ns: Positive
+    rtw_ns: Positive
+    wtr_ns: Positive
+    refi_ns: Positive
+    rfc_ns: Positive
+
+
 class TierSection(Section):
     """A memory of one socket, by size, bandwidth and latency; a socket without it has 0 bytes.
 
-    AGCU i has its share of channel i modulo `channels`, which moves at most a line of `lanes` words a tick.
+    AGCU i has its share of channel i modulo `channels`, which moves at most a line of `lanes` words a tick. With
+    `channel: dram` the banks of `dram` say when a line moves, in place of `gb_per_s` and `efficiency`; `latency_ns` is
+    that of a read of a closed bank.
     """
+
+    channel: Literal["port", "dram"] = "port"
+    dram: DramSection | None = None
 
     bytes: Annotated[int, Limits(ge=0, le=1 << 44)]
     channels: Annotated[int, Limits(ge=1, le=128)]
@@ -422,6 +450,28 @@ class EnergySection(Section):
     idle_w: NonNegative
 
 
+# Columns of RduParams.dram: whether the banks are in use, the bits of a line's number, timings in ticks.
+#
+# A line's number is, from its lowest bit: bank group, column, bank of the group, row. What the timings say, all between
+# commands of one channel (C a column command, ACT an activate, PRE a precharge):
+DRAM_TIMINGS = (
+    "ahead",  # a request is taken while the C of the one before is less than this ahead
+    "rcd",  # ACT to C
+    "rp",  # PRE to ACT
+    "ras",  # ACT to PRE
+    "rtp",  # C of a read to PRE
+    "wtp",  # C of a write to PRE: write latency, burst and write recovery
+    "ccd_s",  # C to C
+    "ccd_l",  # C to C of the same bank group
+    "rrd",  # ACT to ACT; a quarter of tFAW where that is more
+    "rtw",  # C of a read to C of a write
+    "wtr",  # C of a write to C of a read: write latency, burst and turnaround
+    "refi",  # refresh to refresh
+    "rfc",  # a refresh
+)
+DRAM = ("timed", "group_bits", "column_bits", "bank_bits", *DRAM_TIMINGS)
+
+
 class RduParams(NamedTuple):
     """What follows from an RduSpec: integers and read-only arrays, for kernels and RTL."""
 
@@ -458,6 +508,7 @@ class RduParams(NamedTuple):
     rate_p: np.ndarray  # int64[tiers]: lines of one channel, p in q ticks
     rate_q: np.ndarray
     latency: np.ndarray  # int64[tiers], ticks
+    dram: np.ndarray  # int64[tiers, DRAM]; all zero where a tier has no banks
     tier_lines: np.ndarray  # int64[tiers]; another socket's count as its HBM's
     copy_p: int  # beats of the DMA, p in q ticks
     copy_q: int
@@ -531,11 +582,50 @@ class RduSpec(Spec):
                     f"a channel of {name} moves {rate} lines a tick: more digits than are modelled"
                 )
         for name, tier in (("hbm", self.memory.hbm), ("ddr", self.memory.ddr)):
+            self._check_dram(f"memory.{name}", tier)
             if tier.bytes % self.line_bytes:
                 raise ValueError(
                     f"memory.{name}.bytes {tier.bytes} must be a multiple of {self.line_bytes}, a vector of words"
                 )
         return self
+
+    def _check_dram(self, key: str, tier: TierSection) -> None:
+        d = tier.dram
+        if d is None:
+            if tier.channel == "dram":
+                raise ValueError(f"{key}.channel dram takes banks and timings: {key}.dram is missing")
+            return
+        for name, value in (
+            ("bank_groups", d.bank_groups),
+            ("banks_per_group", d.banks_per_group),
+            (f"row_bytes, in lines of {self.line_bytes} bytes,", Fraction(d.row_bytes, self.line_bytes)),
+        ):
+            if value.denominator != 1 or value.numerator & (value.numerator - 1):
+                raise ValueError(f"{key}.dram.{name} must be a power of two, not {value}")
+        at = dict(zip(DRAM, self._dram(tier), strict=True))
+        for name in DRAM_TIMINGS:
+            if at[name] >= MAX_TICKS:
+                raise ValueError(
+                    f"{key}.dram.{name}_ns is {at[name]} ticks; at most {MAX_TICKS - 1} are modelled"
+                )
+        if at["refi"] <= at["rp"] + at["rfc"]:
+            raise ValueError(
+                f"{key}.dram.refi_ns must exceed rp_ns + rfc_ns: {at['refi']} ticks for {at['rp']} + {at['rfc']}"
+            )
+        if tier.channel == "dram" and self.tick.cycles_ns(tier.latency_ns) <= at["rcd"]:
+            raise ValueError(
+                f"{key}.latency_ns, which a read of a closed bank takes, must exceed {key}.dram.rcd_ns: "
+                f"{self.tick.cycles_ns(tier.latency_ns)} ticks for {at['rcd']}"
+            )
+
+    def _dram(self, tier: TierSection) -> list[int]:
+        """A row of RduParams.dram."""
+        d = tier.dram
+        if d is None:
+            return [0] * len(DRAM)
+        sizes = (d.bank_groups, d.row_bytes // self.line_bytes, d.banks_per_group)
+        timings = (self.tick.cycles_ns(getattr(d, f"{name}_ns")) for name in DRAM_TIMINGS)
+        return [int(tier.channel == "dram"), *(size.bit_length() - 1 for size in sizes), *timings]
 
     @cached_property
     def tick(self) -> Clock:
@@ -564,12 +654,18 @@ class RduSpec(Spec):
 
     @cached_property
     def line_rates(self) -> tuple[Fraction, Fraction, Fraction]:
-        """Lines a tick of one channel of a socket, by TIERS."""
+        """Lines a tick of one channel of a socket, by TIERS: at most, where its banks are timed."""
         scale = 10**9 * self.tick.period_s / self.line_bytes
-        hbm, ddr, node = self.memory.hbm, self.memory.ddr, self.node
+        node = self.node
+
+        def rate(tier: TierSection) -> Fraction:
+            if tier.channel == "dram" and tier.dram is not None:
+                return Fraction(1, self.tick.cycles_ns(tier.dram.ccd_s_ns))
+            return tier.gb_per_s * tier.efficiency * scale / tier.channels
+
         return (
-            hbm.gb_per_s * hbm.efficiency * scale / hbm.channels,
-            ddr.gb_per_s * ddr.efficiency * scale / ddr.channels,
+            rate(self.memory.hbm),
+            rate(self.memory.ddr),
             node.p2p_gb_per_s * scale / node.p2p_channels,
         )
 
@@ -629,6 +725,7 @@ class RduSpec(Spec):
             rate_p=_array([r.numerator for r in self.line_rates]),
             rate_q=_array([r.denominator for r in self.line_rates]),
             latency=_array(self.latencies),
+            dram=_array([self._dram(self.memory.hbm), self._dram(self.memory.ddr), [0] * len(DRAM)]),
             tier_lines=_array(
                 [
                     tier.bytes // self.line_bytes

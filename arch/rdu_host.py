@@ -5,7 +5,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from tilewright.arch.hostmap import HostMap, Region
-from tilewright.arch.rdu import ARGS, CAUSES, CODE, CONFIGS, COUNTERS, TIERS, RduParams, is_pcu
+from tilewright.arch.rdu import (
+    ARGS,
+    CAUSES,
+    CODE,
+    CONFIGS,
+    COUNTERS,
+    DRAM,
+    DRAM_TIMINGS,
+    TIERS,
+    RduParams,
+    is_pcu,
+)
 
 # ---- units --------------------------------------------------------------------------------------------
 
@@ -46,6 +57,7 @@ REGISTERS = (
     *("length", "program_load", "argument_load", "hardware_launch", "host_launch"),
     *(f"{what}_{tier}" for tier in TIERS for what in ("p", "q", "latency")),
     *("copy_p", "copy_q"),
+    *(f"{what}_{tier}" for tier in TIERS for what in ("timed", *DRAM_TIMINGS)),
 )
 DERIVED = ("lane_ops", "macs")  # from iterations and the configuration
 COUNTED = tuple(name for name in COUNTERS if name not in DERIVED)  # by the RTL
@@ -58,6 +70,7 @@ def register_values(p: RduParams, length: int) -> list[int]:
         *(length, p.program_load, p.argument_load, p.hardware_launch, p.host_launch),
         *(value for tier in tiers for value in tier),
         *(p.copy_p, p.copy_q),
+        *(int(row[DRAM.index(what)]) for row in p.dram for what in ("timed", *DRAM_TIMINGS)),
     ]
 
 

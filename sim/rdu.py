@@ -4,8 +4,8 @@ The rules are those of `rtl.rdu`, which implements them anew: of operations thos
 of its units, switches, links and channels, tick for tick. `sim.rdu_build` lays out what a kernel runs on and
 `sim.rdu_engine` steps it, `sim.rdu_periods` leaps over what recurs.
 
-No timing depends on data, nor on addresses but for their place within a line: a kernel is a pure function of its
-configuration. With `fold` equal kernels are run once, links without a choice are joined, and where all state of a
+No timing depends on data, nor on addresses but for their place within a line, unless a memory's banks are timed: a kernel
+is a pure function of its configuration, then also of its arguments. With `fold` equal kernels are run once, links without a choice are joined, and where all state of a
 kernel recurs, its periods are taken in one step, as many as no counter ends in. The integers are the same without.
 """
 
@@ -34,6 +34,11 @@ _ARRIVAL, _LAUNCH, _MEMORY, _PIPELINE, _IDLE = (
     arch.CAUSE[name] for name in ("arrival", "launch", "memory", "pipeline", "idle")
 )
 _COUNTER = {name: i for i, name in enumerate(arch.COUNTERS)}
+_ROWS = (
+    ("activates", state.ACTIVATES),
+    ("row_conflicts", state.ROW_CONFLICTS),
+    ("refreshes", state.REFRESHES),
+)
 HOPS = ("vector_hops", "scalar_hops")
 
 
@@ -89,6 +94,9 @@ def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
         counters[write, _COUNTER["dropped"]] = row[state.DROPPED]
     for row, tier in zip(m.agcu, kernel.tiers, strict=True):
         counters[row[state.AGCU], _COUNTER[f"{arch.TIERS[tier]}_lines"]] = row[state.LINES]
+        if p.dram[tier, state.TIMED]:
+            for name, column in _ROWS:
+                counters[row[state.AGCU], _COUNTER[f"{arch.TIERS[tier]}_{name}"]] = row[column]
     return Execution(
         ticks=int(m.clock[state.QUIET] + m.clock[state.SKIPPED]),
         units=kernel.units,
@@ -362,7 +370,10 @@ class _Loaded:
         digest = self.digests.get(self.section, b"")
         line = p.lanes * arch.WORD_BITS // 8
         gates = self.records.get("config.agcu", np.zeros(0, arch.CONFIG_AGCU.dtype))
-        places = tuple(self.args.get(int(index), 0) % line for index in gates["argument"])
+        places = tuple(
+            self.args.get(int(index), 0) % (1 << 60 if p.dram[int(tier), state.TIMED] else line)
+            for index, tier in zip(gates["argument"], gates["tier"], strict=True)
+        )
         key = (digest, places)
         if fold and key in memo:
             return memo[key]

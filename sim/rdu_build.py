@@ -60,6 +60,7 @@ class _Builder:
         self.pmu: list[list[int]] = []
         self.agcu: list[list[int]] = []
         self.group: list[list[int]] = []
+        self.bank: list[list[int]] = []
         self.nodes: list[tuple[int, int]] = []  # kind, row
         self.node_of: dict[Unit, int] = {}
         self.chain_node: list[int] = []
@@ -287,6 +288,11 @@ class _Builder:
             group = [0] * e.GROUP_ROW
             group[e.FIRST_AGCU], group[e.AGCUS] = len(self.agcu), len(members)
             group[e.RATE_P], group[e.RATE_Q] = int(p.rate_p[tier]), int(p.rate_q[tier])
+            group[e.TIER], group[e.FIRST_BANK] = tier, len(self.bank)
+            dram = dict(zip(arch.DRAM, p.dram[tier].tolist(), strict=True))
+            if dram["timed"]:
+                group[e.LAST_GROUP], group[e.NEXT_REFRESH] = -1, dram["refi"]
+                self.bank += [[-1, 0, 0]] * (1 << dram["group_bits"] + dram["bank_bits"])
             self.group.append(group)
             for i in members:
                 number = r["agcu"][i]
@@ -308,7 +314,7 @@ class _Builder:
                     i,
                     p.agcu_counters,
                     running=int(direction != 0),
-                    base=args.get(r["argument"][i], 0) % line,
+                    base=args.get(r["argument"][i], 0),
                     mask=(1 << arch.ARGS.by_name["value"].bits) - 1,
                 )
                 row[e.STORE] = int(direction == 2)
@@ -428,6 +434,8 @@ class _Builder:
             pmu=table(self.pmu, e.PMU_ROW),
             agcu=table(self.agcu, e.AGCU_ROW),
             group=table(self.group, e.GROUP_ROW),
+            bank=table(self.bank, e.BANK_ROW),
+            dram=np.array(p.dram, np.int64),
             switch=table(switches, 4),
             ports=np.array(ports, np.int64),
             flow_out=flow_out,

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from tilewright.sim.cache import CALLED, INNER
+from tilewright.sim.rdu_dram import first_taken, take
 from tilewright.sim.rdu_state import (
     ACTED,
     AGCU,
@@ -74,6 +75,7 @@ from tilewright.sim.rdu_state import (
     LANE,
     LANES,
     LATENCY,
+    LATER,
     LEAD,
     LEFT,
     LEVEL,
@@ -141,6 +143,8 @@ from tilewright.sim.rdu_state import (
     TABLE_DEPTH,
     TABLE_MASK,
     TAKEN,
+    TIER,
+    TIMED,
     TOKEN,
     TOKENS,
     TOKENS_FAULT,
@@ -838,7 +842,7 @@ def _agcu_acts(m, row, t):
             _pop(m, row[PORT], t)
             row[DIRTY], row[DEBT] = 1, raises
         else:
-            _put(m, row, AGCU_RING, t + (row[AHEAD] if row[GRANTED] else 1))
+            _put(m, row, AGCU_RING, t + (row[AHEAD] + row[LATER] if row[GRANTED] else 1))
             row[UNDER_WAY] += 1
             if raises:
                 _give(m, chain, raises, t)
@@ -880,7 +884,11 @@ def group_tick(m, g, t):
         asks += _agcu_asks(m, m.agcu[group[FIRST_AGCU] + k], t)
     if asks:
         real = t + m.clock[SKIPPED]
-        working = next_working(real, group[RATE_P], group[RATE_Q])
+        timed = m.dram[group[TIER], TIMED]
+        if timed:
+            working = first_taken(m.dram[group[TIER]], group, real)
+        else:
+            working = next_working(real, group[RATE_P], group[RATE_Q])
         if working > real:
             wake = min(wake, t + working - real)
         else:
@@ -890,6 +898,9 @@ def group_tick(m, g, t):
             row = m.agcu[group[FIRST_AGCU] + i]
             row[GRANTED] = 1
             row[LINES] += 1
+            if timed:
+                line = row[HELD_LINE] if row[STORE] else m.chain[row[AGCU], ORIGIN] >> row[LINE_SHIFT]
+                take(m, group, row, line, real)
             group[GROUP_TURN] = i + 1 if i + 1 < count else 0
     for k in range(count):
         wake = min(wake, _agcu_acts(m, m.agcu[group[FIRST_AGCU] + k], t))

@@ -3,7 +3,8 @@
 State recurs where everything is as many ticks away as it was, and of a unit's loop counters none differs, or one. What
 follows is then the same, shifted, until that counter reaches its end: a step is the last of a level only there. The
 first iteration of a level must lie behind, too. Addresses count by the banks that they lead to, unless some are out of
-range; memory channels by the phase of their rate; sequence ids only where addresses are made of them.
+range; memory channels by the phase of their rate; sequence ids only where addresses are made of them. Nothing recurs
+where a channel's banks are timed: rows and refreshes follow addresses and the time since the launch.
 """
 
 import numpy as np
@@ -78,6 +79,8 @@ from tilewright.sim.rdu_state import (
     STRIDE,
     TABLE_MASK,
     TAKEN,
+    TIER,
+    TIMED,
     TURN,
     UNDER_WAY,
     VALID,
@@ -304,6 +307,7 @@ _FIXED = (
     "flow_out",
     "flow_next",
     "tables",
+    "dram",
 )
 # What `advance` keeps between calls: ticks without anything scheduled, ticks simulated, the part compared last.
 ASLEEP, TICKS, PART, PROGRESS = range(4)
@@ -343,6 +347,7 @@ def run_kernel(m: Machine, bits: int, fold: bool) -> int:
     With `fold` the state is compared in every tick with a snapshot that is renewed whenever twice as many ticks have
     passed (Brent's cycle detection).
     """
+    fold = fold and not m.dram[m.group[:, TIER], TIMED].any()
     progress = np.zeros(PROGRESS, np.int64)
     began, span, kept = 0, 32, m
     while times := advance(m, kept, bits, progress, kept is not m, began + span if fold else NEVER):

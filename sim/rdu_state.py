@@ -159,11 +159,37 @@ PMU_ROW = ALWAYS + 6
     LINE_SHIFT,
     USED,  # bytes of an iteration
     ALIGNED,  # to multiples of these it must be
+    LATER,  # ticks by which an answer comes later than of a closed bank that waits for nobody
+    ACTIVATES,
+    ROW_CONFLICTS,
+    REFRESHES,
     AGCU_ROW,
-) = range(13, 27)
+) = range(13, 31)
 
 # Machine.group: the AGCUs of one channel
-FIRST_AGCU, AGCUS, RATE_P, RATE_Q, GROUP_TURN, GROUP_ROW = range(6)
+FIRST_AGCU, AGCUS, RATE_P, RATE_Q, GROUP_TURN, TIER, FIRST_BANK = range(7)
+# and, with timed banks, ticks from which on commands may issue
+(
+    LAST_COLUMN,  # of the last column command
+    LAST_GROUP,  # its bank group
+    LAST_WRITE,  # whether it writes
+    NEXT_SAME,  # column command of the same bank group
+    NEXT_OTHER,  # and of others
+    NEXT_TURN,  # of the other direction
+    NEXT_ACTIVATE,
+    NEXT_CLOSED,  # precharge of the last bank for which that is allowed
+    NEXT_REFRESH,
+    GROUP_ROW,
+) = range(7, 17)
+# Machine.bank
+OPEN_ROW, NEXT_COLUMN, NEXT_PRECHARGE, BANK_ROW = range(4)
+# Machine.dram
+TIMED, GROUP_BITS, COLUMN_BITS, BANK_OF_GROUP_BITS, TAKEN_AHEAD, RCD, RP, RAS, RTP, WTP = range(10)
+CCD_S, CCD_L, RRD, RTW, WTR, REFI, RFC = range(10, 17)
+assert arch.DRAM == (
+    *("timed", "group_bits", "column_bits", "bank_bits", "ahead", "rcd", "rp", "ras", "rtp", "wtp"),
+    *("ccd_s", "ccd_l", "rrd", "rtw", "wtr", "refi", "rfc"),
+)
 
 # Machine.clock
 (
@@ -203,6 +229,8 @@ class Machine(NamedTuple):
     pmu: np.ndarray  # int64[pmus, PMU_ROW]
     agcu: np.ndarray  # int64[agcus, AGCU_ROW]
     group: np.ndarray  # int64[groups, GROUP_ROW]
+    bank: np.ndarray  # int64[banks of all groups, BANK_ROW]
+    dram: np.ndarray  # int64[tiers, DRAM]
     switch: np.ndarray  # int64[switches, 4]: first input, inputs, first output, outputs
     ports: np.ndarray  # int64: their links
     flow_out: np.ndarray  # int64[flows]: outputs of a packet's switch, as a mask

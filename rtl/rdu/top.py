@@ -5,7 +5,17 @@ from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Out, connect, flipped
 
-from tilewright.arch.rdu import ARGS, CODE, CONFIG_SWITCH, CONFIG_TOKEN, NETWORKS, TIERS, RduParams, is_pcu
+from tilewright.arch.rdu import (
+    ARGS,
+    CODE,
+    CONFIG_SWITCH,
+    CONFIG_TOKEN,
+    DRAM_TIMINGS,
+    NETWORKS,
+    TIERS,
+    RduParams,
+    is_pcu,
+)
 from tilewright.arch.rdu import WORD_BITS as PACKET_WORD_BITS
 from tilewright.arch.rdu_host import (
     ACTIVITIES,
@@ -97,7 +107,7 @@ class Top(wiring.Component):
         tiles = self._tiles(m, sequencer.start, bus, probe)
         agcus = self._agcus(m, sequencer.start, bus, probe, base_of)
         networks = self._networks(m, sequencer.start, bus, tiles, agcus)
-        lines = self._memories(m, sequencer.start, register, agcus, dma)
+        lines, rows = self._memories(m, sequencer.start, register, agcus, dma)
 
         units = [*tiles.values(), *agcus]
         m.d.comb += sequencer.quiet.eq(
@@ -121,6 +131,7 @@ class Top(wiring.Component):
             "dropped": all_of("dropped"),
             **{f"{name}_hops": network.hops for name, network in zip(NETWORKS, networks, strict=True)},
             **{f"{tier}_lines": count for tier, count in zip(TIERS, lines, strict=True)},
+            **rows,
             "copied_lines": dma.moved,
             "launches": sequencer.finished,
         }
@@ -279,11 +290,16 @@ class Top(wiring.Component):
     # ---- memories -------------------------------------------------------------------------------------
 
     def _memories(self, m, start, register, agcus, dma):
-        """Off-chip memories with their channels. Gives the lines that move in this tick, by tier."""
+        """Off-chip memories with their channels. Gives the lines that move in this tick, by tier, and events of rows."""
         p = self._params
         grants = [[C(0, 1)] * len(TIERS) for _ in agcus]
         answers = [[None] * len(TIERS) for _ in agcus]
         moved = []
+        rows = {
+            f"{tier}_{what}": C(0)
+            for tier in TIERS[:2]
+            for what in ("activates", "row_conflicts", "refreshes")
+        }
         found = Signal(p.copy_lines * p.lanes * PACKET_WORD_BITS)  # what the DMA read
         for k, tier in enumerate(TIERS):
             count = int(p.tier_lines[k])
@@ -296,14 +312,19 @@ class Top(wiring.Component):
             ports = len(groups) + copies * p.copy_lines
             memory = LineMemory(width=p.lanes * PACKET_WORD_BITS, depth=count, ports=ports)
             m.submodules[tier] = memory
-            granted = []
+            granted, channels = [], []
             for c, group in enumerate(groups):
-                channel = Channel(params=p, count=len(group))
+                channel = Channel(params=p, count=len(group), tier=k)
                 m.submodules[f"{tier}_channel_{c}"] = channel
                 m.d.comb += [
                     channel.start.eq(start),
                     channel.p.eq(register[f"p_{tier}"]),
                     channel.q.eq(register[f"q_{tier}"]),
+                    channel.timed.eq(register[f"timed_{tier}"]),
+                    *(
+                        a.eq(register[f"{name}_{tier}"])
+                        for a, name in zip(channel.timing, DRAM_TIMINGS, strict=True)
+                    ),
                     memory.read_enable[c].eq(channel.read_enable),
                     memory.read_line[c].eq(channel.read_line),
                     channel.read_data.eq(memory.read_data[c]),
@@ -314,7 +335,7 @@ class Top(wiring.Component):
                 for n, i in enumerate(group):
                     agcu = agcus[i]
                     m.d.comb += [
-                        agcu.latency[k].eq(register[f"latency_{tier}"]),
+                        agcu.latency[k].eq(register[f"latency_{tier}"] + channel.later),
                         channel.requests[n].eq(agcu.request[k]),
                         channel.lines[n].eq(agcu.line),
                         channel.writes[n].eq(agcu.write),
@@ -322,7 +343,14 @@ class Top(wiring.Component):
                     ]
                     grants[i][k], answers[i][k] = channel.grants[n], channel.answer
                 granted.append(channel.grants.any())
+                channels.append(channel)
             moved.append(total(granted))
+            if tier in TIERS[:2]:
+                rows |= {
+                    f"{tier}_activates": total(channel.activate for channel in channels),
+                    f"{tier}_row_conflicts": total(channel.conflict for channel in channels),
+                    f"{tier}_refreshes": total(channel.refreshes for channel in channels),
+                }
             if copies:
                 reads, writes = dma.source == k, dma.target == k
                 for n in range(p.copy_lines):
@@ -345,7 +373,7 @@ class Top(wiring.Component):
                 if value is not None:
                     with m.If(late[k]):
                         m.d.comb += agcu.answer.eq(value)
-        return moved
+        return moved, rows
 
     # ---- counts and logs ------------------------------------------------------------------------------
 

@@ -67,6 +67,8 @@ _DEFAULTS = _keys(
     "network.token_cycles=1 network.flows=8 network.order=xy agcu.per_side=2 agcu.counters=3 agcu.in_flight=4 "
     "memory.hbm.channels=2 node.copy_lines=2"
 )
+# Bank groups, banks of each, lines of a row.
+_BANKS = {"hbm": (2, 2, 2), "ddr": (1, 2, 4)}
 # Two lanes and four; one stage to three; arrays or none; one scalar input, two, none; queues shorter and longer than a
 # credit's way; two dies; both dimension orders; few loads in flight and many; operators of several ticks. The last
 # one is small: RTL of its own, as faults need it, is built in little time.
@@ -132,6 +134,10 @@ def _structure(shape: _Shape) -> Structure:
     for tier in ("hbm", "ddr"):
         sets += [f"memory.{tier}.bytes={_LINES * line}", f"memory.{tier}.efficiency=1"]
     sets += _timing_sets(channels, line, [Fraction(1)] * 4, [3, 5, 4], [0, 0, 0, 0])
+    for tier, (groups, banks, columns) in _BANKS.items():
+        sets += [f"memory.{tier}.dram.bank_groups={groups}", f"memory.{tier}.dram.banks_per_group={banks}"]
+        sets.append(f"memory.{tier}.dram.row_bytes={columns * line}")
+        sets += _dram_sets(tier, {**dict.fromkeys(arch.DRAM_TIMINGS, 1), "refi": 9})
     spec = _build(specs.apply_sets(_base(), [*sets, "name=small"]), "small")
     g, c = spec.grid, spec.pcu
     body = "arrays" if c.systolic else "pipelines"
@@ -155,6 +161,21 @@ def _timing_sets(
     ]
 
 
+def _dram_sets(tier: str, ticks: Mapping[str, int]) -> list[str]:
+    """Timings of banks, in ticks of a nanosecond."""
+    return [f"memory.{tier}.dram.{name}_ns={value}" for name, value in ticks.items()]
+
+
+def _banks(rng: Rng, tier: str, latency: int) -> list[str]:
+    """A tier with random timings of its banks, half of the time in use."""
+    ticks = {name: int(rng.integers(1, 7)) for name in arch.DRAM_TIMINGS}
+    ticks |= {name: int(rng.integers(1, 14)) for name in ("ahead", "ras", "wtp", "wtr", "rfc")}
+    ticks["rcd"] = min(ticks["rcd"], latency - 1) or 1
+    ticks["refi"] = ticks["rp"] + ticks["rfc"] + int(rng.integers(1, 60))
+    used = latency > ticks["rcd"] and rng.integers(0, 2)
+    return [f"memory.{tier}.channel={'dram' if used else 'port'}", *_dram_sets(tier, ticks)]
+
+
 def _timed(spec: arch.RduSpec, rng: Rng, number: int) -> arch.RduSpec:
     """The structure with random rates, latencies and launches: what registers hold."""
 
@@ -166,6 +187,8 @@ def _timed(spec: arch.RduSpec, rng: Rng, number: int) -> arch.RduSpec:
     launches = [int(rng.integers(0, 12)) for _ in range(4)]
     line = spec.line_bytes
     sets = _timing_sets(spec.memory.hbm.channels, line, rates, latencies, launches)
+    for tier, latency in zip(_BANKS, latencies, strict=False):
+        sets += _banks(rng, tier, latency)
     beat = spec.node.copy_lines * line
     return _build(
         specs.apply_sets(_tree(spec), [*sets, f"node.ddr_to_hbm_gb_per_s={rates[3] * beat}"]), "small"
@@ -205,6 +228,9 @@ def scaled(spec: arch.RduSpec) -> tuple[Structure, list[str]]:
     sets = [f"{key}={value}" for key, value in new.items()]
     for tier in ("hbm", "ddr"):
         sets += [f"memory.{tier}.bytes={_LINES * line}", f"memory.{tier}.efficiency=1"]
+    for name, memory in (("hbm", spec.memory.hbm), ("ddr", spec.memory.ddr)):
+        if memory.dram is not None:
+            sets.append(f"memory.{name}.dram.row_bytes={memory.dram.row_bytes // spec.line_bytes * line}")
     tiers = ("memory.hbm.gb_per_s", "memory.ddr.gb_per_s", "node.p2p_gb_per_s")
     per_byte = 10**9 * spec.tick.period_s
     for key, rate, channels in zip(tiers, spec.line_rates, p.channels.tolist(), strict=True):
@@ -989,6 +1015,8 @@ COVERAGE = (
         "shared channel",
         "rate below 1",
     ),
+    *(f"{tier} {what}" for tier in _BANKS for what in ("row hit", "bank closed", "row conflict", "refresh")),
+    "direction changed",
     *(
         "latency 1",
         "launch by the host",
@@ -1018,6 +1046,13 @@ def count(observed: Observed) -> Counter[str]:
     out["bank conflict"] += totals["bank_conflicts"]
     out["dropped words"] += totals["dropped"]
     out["rate below 1"] += any(rate < 1 for rate in (*spec.line_rates, spec.copy_rate))
+    for tier in _BANKS:
+        hits = totals[f"{tier}_lines"] - totals[f"{tier}_activates"]
+        used = p.dram[arch.TIERS.index(tier), arch.DRAM.index("timed")]
+        out[f"{tier} row hit"] += used and hits
+        out[f"{tier} bank closed"] += totals[f"{tier}_activates"] - totals[f"{tier}_row_conflicts"]
+        out[f"{tier} row conflict"] += totals[f"{tier}_row_conflicts"]
+        out[f"{tier} refresh"] += totals[f"{tier}_refreshes"]
     out["latency 1"] += 1 in p.latency.tolist()
     out["launch without a tick"] += 0 in (p.host_launch, p.hardware_launch)
     out["several sections"] += sum("config.pcu" in s.regions for s in segments) > 1
@@ -1076,6 +1111,7 @@ def _count_section(p: RduParams, regions: Mapping[str, np.ndarray]) -> Counter[s
 def _count_memories(p: RduParams, regions: Mapping[str, np.ndarray]) -> Counter[str]:
     out: Counter[str] = Counter()
     ports: Counter[tuple[int, int]] = Counter()
+    directions: dict[tuple[int, int], set[str]] = {}
     lows = set()
     for m in _rows(regions, "config.pmu"):
         buffers = m["write_hold0"]
@@ -1104,7 +1140,11 @@ def _count_memories(p: RduParams, regions: Mapping[str, np.ndarray]) -> Counter[
         if direction == "load":
             out["in_flight limit"] += p.in_flight < min(p.latency[a["tier"]], len(lines) - joined)
             out["load behind a store"] += a["wait"] == 4
-        ports[a["tier"], a["agcu"] % int(p.channels[a["tier"]])] += 1
+        channel = a["tier"], a["agcu"] % int(p.channels[a["tier"]])
+        ports[channel] += 1
+        if p.dram[a["tier"], arch.DRAM.index("timed")]:
+            directions.setdefault(channel, set()).add(direction)
+    out["direction changed"] += sum({"load", "store"} <= seen for seen in directions.values())
     out["shared channel"] += max(ports.values(), default=0) > 1
     return out
 

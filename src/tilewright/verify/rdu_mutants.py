@@ -46,6 +46,12 @@ def _without_the_last() -> AbstractContextManager[None]:
     return replaced(meaning, "reduce_tree", reduce_tree)
 
 
+def _sooner(p: arch.RduParams) -> arch.RduParams:
+    dram = p.dram.copy()
+    dram[:, arch.DRAM.index("rp")] -= 1
+    return p._replace(dram=constant(dram))
+
+
 MUTANTS = (
     Mutant(
         "rtl: an input that is not in use fills its register",
@@ -127,6 +133,18 @@ MUTANTS = (
         25,
     ),
     Mutant(
+        "rtl: a row that is open is not looked at",
+        partial(_rtl, "banks", "Banks.elaborate", "opened[index] & (rows[index] == row)", "opened[index]"),
+        _SMALL,
+        25,
+    ),
+    Mutant(
+        "rtl: a refresh leaves rows open",
+        partial(_rtl, "banks", "Banks.elaborate", "with m.If(self.start | due):", "with m.If(self.start):"),
+        _SMALL,
+        25,
+    ),
+    Mutant(
         "rtl: a token is a tick early",
         partial(
             _rtl,
@@ -159,6 +177,12 @@ MUTANTS = (
         partial(told, sim, lambda p: p._replace(latency=constant(p.latency + 1))),
         _SMALL,
         4,
+    ),
+    Mutant(
+        "model: activates one tick closer to precharges",
+        partial(told, sim, _sooner),
+        _SMALL,
+        25,
     ),
     Mutant(
         "model: tokens one tick late", partial(told, sim, lambda p: p._replace(token=p.token + 1)), _SMALL
