@@ -274,13 +274,27 @@ def token_attention(
     return np.concatenate(outs)
 
 
+def mixture(scores: Sequence[Words], experts: Sequence[Words], counts: asic.Counts, inputs: int = 4) -> Words:
+    """What the chosen experts give, uint32[..., columns], weighted by a softmax over their `scores`, uint32[..., 1]."""
+    top = join("maximum", scores, inputs)
+    powers = [special("exp", _op("subtract", score, top), counts) for score in scores]
+    inverse = special("reciprocal", join("add", powers, inputs), counts)
+    return round_bf16(
+        _fold(
+            "add",
+            [_op("multiply", x, _op("multiply", p, inverse)) for p, x in zip(powers, experts, strict=True)],
+        )
+    )
+
+
 def token_layer(
     model: ModelConfig, weights: Mapping[str, Words], x: Words, cos: Words | None, sin: Words | None,
-    past: tuple[Words, Words], mask: Words, how: Layer, counts: asic.Counts, lanes: int,
+    past: tuple[Words, Words], mask: Words, how: Layer, counts: asic.Counts, lanes: int, chosen: Sequence[int] = (),
 ) -> tuple[Words, Words, Words]:  # fmt: skip
     """One layer for one token, uint32[d_model], behind `past` keys and values; returns (x, k, v) of the token.
 
-    As `layer`, but for the order of sums over a row. `how.parts` and `how.inner` cut the depths of products.
+    As `layer`, but for the order of sums over a row. `how.parts` and `how.inner` cut the depths of products. Of a
+    mixture the `chosen` experts are at work, whose weights are under `<operator>_<expert>`.
     """
     m, w = model, weights
 
@@ -303,14 +317,20 @@ def token_layer(
         )  # fmt: skip
         return linear("attention_out", out, 1), k, v
 
-    def mlp(a: Words) -> Words:
-        up = linear("up", a, how.parts)
+    def expert(a: Words, suffix: str = "") -> Words:
+        up = linear(f"up{suffix}", a, how.parts)
         inner = (
-            activation(m.activation, linear("gate", a, how.parts), up, counts)
+            activation(m.activation, linear(f"gate{suffix}", a, how.parts), up, counts)
             if m.gated_mlp
             else activation(m.activation, up, None, counts)
         )
-        return linear("down", inner, how.inner)
+        return linear(f"down{suffix}", inner, how.inner)
+
+    def mlp(a: Words) -> Words:
+        if not m.experts:
+            return expert(a)
+        scores = linear("router", a, how.parts)
+        return mixture([scores[e, None] for e in chosen], [expert(a, f"_{e}") for e in chosen], counts, how.inputs)
 
     def add(*parts: Words) -> Words:
         return round_bf16(_fold("add", parts))
