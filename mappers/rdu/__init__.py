@@ -665,7 +665,7 @@ class _Mapper:
                         continue
                     part, key, size = self._tensor(r.tensor, launch.layer, kernel)
                     tier = kernel.choice.line.tiers[r.tensor]
-                    if launch.layer < 0:  # passes of the head lie side by side
+                    if launch.layer < 0 or part == "tables":  # passes of the head lie side by side, and positions
                         size += launch.slot.get(r.tensor, 0)
                     # Phases whose weights are the same begin at the same address.
                     phase = kernel.phase if part == "weights" and not self.apart else ""

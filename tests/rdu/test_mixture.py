@@ -86,7 +86,7 @@ def step(mapping, batch=1, seed=0):
                 put(at, half({"cos": cos, "sin": sin, "mask": mask}[r.tensor]))
             elif r.tensor == "weights" and not r.offset:
                 put(at, streamed(kernel.choice, w, "weights", str, p.lanes))
-            elif r.tensor in w:
+            elif r.tensor.endswith(".gain"):
                 put(at, half(w[r.tensor]))
         for tensor in kernel.choice.line.extents:
             if not tensor.startswith("expert."):
