@@ -965,6 +965,9 @@ class Vectors:
             "up_out": s.inner, "logits": ceil_div(m.vocab, s.sockets * self.passes * self.p.lanes) * self.p.lanes,
             "r": ceil_div(m.experts, self.p.lanes) * self.p.lanes,
         }  # fmt: skip
+        # What is summed over sockets is cut into slices of whole packets, one for each.
+        slices = s.sockets * self.p.lanes
+        known |= dict.fromkeys(("o", "o_part", "w", "w_part", "e"), ceil_div(m.d_model, slices) * slices)
         return known.get(tensor.split(".")[0], m.d_model)
 
     def _load(self, tensor: str) -> Flow:
