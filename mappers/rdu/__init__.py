@@ -29,7 +29,7 @@ from tilewright.arch.rdu import CODE, ISA, TIERS, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
 from tilewright.mappers.rdu import mixture
 from tilewright.mappers.rdu.coe import copy_ticks, map_composition
-from tilewright.mappers.rdu.layer import CHOSEN, Op, Share, expert_operators, layer_operators
+from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
@@ -112,14 +112,25 @@ class Copies:
     layer: int
 
 
+@dataclass(frozen=True)
+class Moves:
+    """Rows on their way from one tensor to another in HBM, until all are there."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    rows: tuple[tuple[int, int, int, int], ...]
+    """(tensor of source, row, tensor of target, row)"""
+    tag: str
+    step: int
+    layer: int
+
+
 def draw_section(built: Built, path: str | Path) -> None:
     """Write the picture of a placed and routed section, an SVG file."""
     Path(path).write_text(built.svg(), encoding="utf-8")
 
 
-def document_of(
-    spec: RduSpec, mapping: Mapping[str, Any] | None, told: Sequence[str] = ()
-) -> dict[str, Any]:
+def document_of(spec: RduSpec, mapping: Mapping[str, Any] | None, told: Sequence[str] = ()) -> dict[str, Any]:
     """The choices of a mapping with defaults filled in; `told` are keys that others read.
 
     Raises UserError for what is not allowed.
@@ -248,6 +259,8 @@ class _Mapper:
     ) -> None:
         if model.experts:
             mixture.check(model)
+            if scenario.prompt and model.d_model * BF16_BYTES % spec.line_bytes:
+                raise UserError(f"{model.name}: a row of {model.d_model} columns is no multiple of a line")
             if not apart:
                 raise UserError(
                     f"{model.name}: target rdu does not support compositions of mixtures; allowed: dense experts"
@@ -264,7 +277,7 @@ class _Mapper:
         self.share = Share(model, spec.node.sockets)
         self.limits = self._limits(PERCENT)
         self.kernels: list[Kernel] = []
-        self.launches: list[Launch | Copies] = []
+        self.launches: list[Launch | Copies | Moves] = []
         self.assumed: list[str] = []
         self._phases: dict[str, tuple[list[int], int]] = {}
         self._most = -1
@@ -322,27 +335,78 @@ class _Mapper:
         ops = layer_operators(m, self.share.sockets)
         first = [op.kind for op in ops].index("attention")
 
-        def plan(some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits) -> Choice | None:
+        def plan(
+            some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits, rows: int = s.prompt
+        ) -> Choice | None:
             return plan_rows(
-                p, self.share, some, keep, limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
+                p, self.share, some, keep, limits, rows=rows, keys=keys, pitch=self.pitch, context=context,
                 window=window if window is not None and window < keys else None,
                 groups=self.document["groups"] or None,
             )  # fmt: skip
 
-        choices = []
-        for some, later in ((ops[:first], ops[first:]), (ops[first:], [])):
-            result = [*kept(some, later, ["z"])]
-            choices += self._cut(some, result, plan, "prompt")
-        layers = [
-            self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
-        ]
+        def kernels(
+            some: Sequence[Op], later: Sequence[Op], result: Sequence[str], plan: Any = plan
+        ) -> list[int]:
+            choices = self._cut(some, kept(some, later, result), plan, "prompt")
+            return [
+                self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
+            ]
+
+        if m.experts:
+            split = next(i for i, op in enumerate(ops) if op.name == "router") + 1
+            tail = next(i for i, op in enumerate(ops) if op.kind == "mixture")
+            asked = [
+                self.trace.groups(range(b * s.prompt, (b + 1) * s.prompt), layer)
+                for b in range(s.batch)
+                for layer in range(m.layers)
+            ]
+            rows = mixture.rows_at_once([len(found) for a in asked for found in a.values()], p.lanes)
+            own = partial(plan, rows=rows)
+            expert = kernels(expert_operators(m), [], ["e.0"], own)
+            layers = kernels(ops[:first], ops[first:], ["z"]) + kernels(ops[first:split], ops[split:], ["z"])
+            last = kernels(ops[tail:], [], ["z"])
+        else:
+            layers = kernels(ops[:first], ops[first:], ["z"]) + kernels(ops[first:], [], ["z"])
         for b in range(s.batch):
             self._embed(step, s.prompt)
             for layer in range(m.layers):
                 for k in layers:
                     slot = {name: b * self._cache_bytes() for name in ("keys", "values")}
                     self.launches.append(Launch(k, self._tag(k, layer), step, layer, slot))
+                if m.experts:
+                    self._prompt_mixture(expert, last, step, b, layer, asked[b * m.layers + layer], rows)
             self._head(step)
+
+    def _prompt_mixture(
+        self, expert: list[int], last: list[int], step: int, b: int, layer: int,
+        asked: Mapping[int, Sequence[tuple[int, int]]], rows: int,
+    ) -> None:  # fmt: skip
+        """Each expert's rows are gathered, go through its sections, and are put back in the order of the tokens."""
+        slots = tuple(f"e.{i}" for i in range(self.model.experts_per_token))
+        tag = f"layer_{layer}_prompt_move_rows"
+        for e, found in asked.items():
+            for first in range(0, len(found), rows):
+                some = found[first : first + rows]
+                there = tuple((0, t, 0, i) for i, (t, _) in enumerate(some))
+                self.launches.append(Moves(("h2",), ("gathered",), there, tag, step, layer))
+                for k in expert:
+                    where = {
+                        r: ({"h2": "gathered", "e.0": "given"}[r.tensor], r.offset)
+                        for r in self.kernels[k].choice.line.arguments
+                        if r.tensor in ("h2", "e.0")
+                    }
+                    self.launches.append(
+                        Launch(k, self._tag(k, layer), step, layer, experts=(e,), where=where)
+                    )
+                back = tuple((0, i, slot, t) for i, (t, slot) in enumerate(some))
+                self.launches.append(Moves(("given",), slots, back, tag, step, layer))
+        for k in last:
+            where = {
+                r: (f"{r.tensor} {b} {layer}", r.offset)
+                for r in self.kernels[k].choice.line.arguments
+                if r.tensor.startswith(SLOT)
+            }
+            self.launches.append(Launch(k, self._tag(k, layer), step, layer, where=where))
 
     def _token(self, step: int, i: int) -> None:
         s, m, p = self.scenario, self.model, self.p
@@ -623,6 +687,8 @@ class _Mapper:
         for launch in self.launches:
             if isinstance(launch, Copies):
                 name = "copy expert"
+            elif isinstance(launch, Moves):
+                name = "move rows"
             else:
                 name = self.kernels[launch.kernel].name if launch.kernel >= 0 else "embedding"
             seen.setdefault(launch.tag, TagInfo(launch.tag.replace("_", " "), name, launch.layer))
@@ -661,11 +727,18 @@ class _Mapper:
                         continue
                     if r in launch.where:
                         rows = parts.setdefault("hbm", {name: {} for name in PARTS})["rows"]
-                        rows.setdefault("", {}).setdefault(("rows", launch.where[r][0], -1), self._widest)
+                        size = (
+                            kernel.choice.line.extents[r.tensor]
+                            if r.tensor.startswith(SLOT)
+                            else self._widest
+                        )
+                        rows.setdefault("", {})["rows", launch.where[r][0], -1] = size
                         continue
                     part, key, size = self._tensor(r.tensor, launch.layer, kernel)
                     tier = kernel.choice.line.tiers[r.tensor]
-                    if launch.layer < 0 or part == "tables":  # passes of the head lie side by side, and positions
+                    if (
+                        launch.layer < 0 or part == "tables"
+                    ):  # passes of the head lie side by side, and positions
                         size += launch.slot.get(r.tensor, 0)
                     # Phases whose weights are the same begin at the same address.
                     phase = kernel.phase if part == "weights" and not self.apart else ""
@@ -693,13 +766,35 @@ class _Mapper:
                 told.setdefault(tier, {})["experts"] = size
         return told
 
+    def _moves(self, moves: Moves, tag: int) -> Segment:
+        line = self.spec.line_bytes
+        row = self.model.d_model * BF16_BYTES // line
+        runs: list[
+            list[int]
+        ] = []  # of rows that lie side by side, before and after: first lines, and how many
+        for source, a, target, b in moves.rows:
+            start, end = (
+                self.address["rows", names[n], -1] // line + at * row
+                for names, n, at in ((moves.source, source, a), (moves.target, target, b))
+            )
+            if runs and runs[-1][0] + runs[-1][2] == start and runs[-1][1] + runs[-1][2] == end:
+                runs[-1][2] += row
+            else:
+                runs.append([start, end, row])
+        hbm = TIERS.index("hbm")
+        codes = [
+            CODE.make("COPY", source=hbm, target=hbm, lines=lines, tag=tag, **{"from": start, "to": end})
+            for start, end, lines in runs
+        ]
+        return Segment({"code": np.concatenate([*codes, CODE.make("WAIT", tag=tag)])}, label=moves.tag)
+
     # ---- experts ------------------------------------------------------------------------------------
 
     def _stored(self, kernel: Kernel, tensor: str) -> tuple[object, ...]:
         """What part of an expert's weights a section reads, and in what order: equal for slots that read the same."""
-        slot = int(tensor.removeprefix(EXPERT))
-        names = (op.name.removesuffix(f"_{slot}") for op in kernel.choice.ops if op.slot == slot)
-        return kernel.phase, *names, *(f"{k} {v}" for k, v in kernel.choice.tiles.items())
+        slot, *rest = tensor.removeprefix(EXPERT).split(".")
+        names = (op.name.removesuffix(f"_{slot}") for op in kernel.choice.ops if op.slot == int(slot))
+        return kernel.phase, *names, *(f"{k} {v}" for k, v in kernel.choice.tiles.items()), *rest
 
     def _lay_out_experts(self) -> dict[str, int]:
         """Give each expert its place in HBM, or one in DDR and, while it is at work, a region; bytes of both."""
@@ -740,7 +835,7 @@ class _Mapper:
                 )
         for tier, size in told.items():
             self.used[tier] += size
-        launches: list[Launch | Copies] = list(self.launches)
+        launches = list(self.launches)
         inserted = 0
         for at, launch, asked_for in used:
             regions, places = held.use(asked_for)
@@ -754,7 +849,9 @@ class _Mapper:
             self.assumed.append(
                 f"the {m.experts_per_token} experts of each token and layer: drawn uniformly, seed {self.scenario.seed}"
             )
-        self.assumed.append("choosing experts from the router's scores, outside of the program, takes no time")
+        self.assumed.append(
+            "choosing experts from the router's scores, outside of the program, takes no time"
+        )
         each = f"{len(experts)} experts of {self._region / 1e6:.4g} MB of a socket"
         if held.fixed:
             self.notes.append(f"{each} are in HBM")
@@ -769,7 +866,7 @@ class _Mapper:
 
     def _expert_place(self, launch: Launch, tensor: str) -> int:
         """The first byte of a section's part of the expert in a slot."""
-        region = launch.regions[int(tensor.removeprefix(EXPERT))]
+        region = launch.regions[int(tensor.removeprefix(EXPERT).split(".")[0])]
         within = self._within[self._stored(self.kernels[launch.kernel], tensor)]
         return self._first_expert["hbm"] + region * self._region + within
 
@@ -888,6 +985,9 @@ class _Mapper:
         for i, launch in enumerate(self.launches):
             if isinstance(launch, Copies):
                 yield self._copies(launch, number[launch.tag])
+                continue
+            if isinstance(launch, Moves):
+                yield self._moves(launch, number[launch.tag])
                 continue
             if launch.kernel < 0:  # rows of the table of embeddings, which the host chooses
                 tag = number[launch.tag]

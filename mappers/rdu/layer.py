@@ -22,7 +22,7 @@ from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, 
 from tilewright.workloads.models import ModelConfig
 
 __all__ = [
-    "CHOSEN", "LOWEST", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached", "expert_operators",
+    "CHOSEN", "LOWEST", "SLOT", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached", "expert_operators",
     "layer_operators",
 ]  # fmt: skip
 
@@ -32,6 +32,10 @@ MEETING = 48
 """Streams of results that meet at one buffer, where their weights allow so few."""
 CHOSEN = "chosen"
 """Scores of the chosen experts, each by an address of its own."""
+BY_ROW = ("h2", "e")
+"""What goes to experts, and what they give."""
+SLOT = "slot"
+"""The numbers of the experts in each slot, a word each row."""
 UNITS = float(1 << 23)
 """A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
 GELU_CUBIC = 0.044715
@@ -271,6 +275,11 @@ class Rows:
         out = []
         for i in range(parts):
             name = f"{tensor}.in{i}"
+            if self.by_row(tensor):
+                flow = self._rows("load", name, tensor, columns // parts, i * (columns // parts), columns)
+                flow = self.line.admitted(name, "load", flow)
+                out.append(self.line.turned(f"{name}.turned", "load", flow, to_rows=False))
+                continue
             offset = i * (columns // parts) * column
             flow = self.line.load(name, "load", tensor, columns // parts, offset=offset, row=columns * column)
             out.append(self.line.admitted(name, "load", flow))
@@ -285,6 +294,14 @@ class Rows:
                 if flow.merged or flow.each != flow.columns
                 else flow
             )
+            if self.by_row(tensor):
+                out = self.line.turned(f"{tensor}.turned{i}", "store", out, to_rows=True)
+                gates = self._rows(
+                    "store", f"{tensor}.store{i}", tensor, flow.columns, i * flow.columns, columns
+                )
+                for source, gate in zip(out.sources, gates.sources, strict=True):
+                    self.line.feed(source[0], gate[0])
+                continue
             self.line.store(
                 f"{tensor}.store{i}",
                 "store",
@@ -293,6 +310,24 @@ class Rows:
                 offset=i * flow.columns * column,
                 row=columns * column,
             )
+
+    def by_row(self, tensor: str) -> bool:
+        """Whether a matrix lies in memory row after row, so that the DMA can move single ones: those of experts."""
+        return self.model.experts > 0 and tensor.split(".")[0] in BY_ROW
+
+    def _rows(self, direction: str, name: str, tensor: str, columns: int, first: int, whole: int) -> Flow:
+        """Gates for columns from `first` on of a matrix that lies row after row, each of `whole` columns."""
+        line, lanes = self.line, self.p.lanes
+        names = []
+        for g in range(line.groups):
+            loops = [
+                (columns // lanes, lanes * BF16_BYTES), (lanes, whole * BF16_BYTES),
+                (line.blocks, line.groups * lanes * whole * BF16_BYTES),
+            ]  # fmt: skip
+            offset = (g * lanes * whole + first) * BF16_BYTES
+            names.append(line.gate(f"{name}.{g}", direction, direction, "hbm", tensor, offset, loops))
+        each = tuple((n,) for n in names)
+        return Flow(columns, each, columns, each)
 
     def _whole(self, matrix: Matrix) -> Flow:
         if len(matrix) > 1:
@@ -421,7 +456,8 @@ class Rows:
                 # Each product has its own copy of the rows, which it can hold back.
                 at = f"{name}.{o}.{i}"
                 r = line.read(f"{at}.x", name, part, [(part.columns, 1), (each, 0)])
-                w = line.weights(at, name, f"{at}.w", part.columns, each, units, self.tiles.gates)
+                tensor = f"{at}.w" if op.slot is None else f"{weights_of(op)}.{at}.w"
+                w = line.weights(at, name, tensor, part.columns, each, units, self.tiles.gates)
                 sums.append(line.product(at, name, r, part.columns, each, w, n, rounded=whole))
             if whole:
                 if self.share.sockets > 1 or op.writes[0] == "qkv":  # several read it: many streams end here
@@ -712,6 +748,27 @@ class Rows:
         ]  # fmt: skip
         return found[0], found[1]
 
+    def _mixture(self, op: Op) -> None:
+        """The experts' rows, weighted by a softmax over their own scores, which are found by the experts' numbers."""
+        line, name, experts = self.line, op.name, self.model.experts
+        r = self._whole(self.at[op.reads[0]])
+        scores = []
+        for i in range(len(op.reads) - 1):
+            number = line.load(f"{name}.{SLOT}.{i}", name, f"{SLOT}.{i}", 1, words=True)
+            own = line.read(f"{name}.r{i}", name, r, [(experts, 1)])
+            other = {"operation": "xor", "type": "int32", "a_from": "counter", "a": 0, "b": 1, "to": 5}
+            chosen = {"operation": "select", "type": "int32", "a_from": "constant", "b": 0, "c": 5, "to": 4}
+            scores.append(
+                line.simd(f"{name}.score{i}", name, [(own, 0), (number, 1)], [other, chosen], experts, result=4, fold="add")
+            )  # fmt: skip
+        shares = softmax(line, name, scores)
+        out = []
+        for i, flows in enumerate(zip(*(self.at[t] for t in op.reads[1:]), strict=True)):
+            n = flows[0].columns
+            reads = [line.read(f"{name}.{i}.x{k}", name, f, [(n, 1)]) for k, f in enumerate(flows)]
+            out.append(weighted(line, f"{name}.{i}", name, shares, reads, n))
+        self.at[op.writes[0]] = out
+
     def _reduce(self, op: Op) -> None:
         self.at[op.writes[0]] = [
             self.line.all_reduce(f"{op.name}{i}", op.name, flow, self.share.sockets)
@@ -767,13 +824,16 @@ def _activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any
 
 
 def _biased(model: ModelConfig, name: str) -> bool:
-    return {"qkv": model.qkv_bias, "attention_out": model.attention_out_bias, "lm_head": False, "router": False}.get(
-        name, model.mlp_bias
-    )
+    return {
+        "qkv": model.qkv_bias,
+        "attention_out": model.attention_out_bias,
+        "lm_head": False,
+        "router": False,
+    }.get(name, model.mlp_bias)
 
 
-def mixed(line: Pipeline, name: str, scores: Sequence[Flow], matrices: Sequence[Flow], columns: int) -> Flow:
-    """Matrices weighted by a softmax over `scores`, a packet each of a block, and added up in order."""
+def softmax(line: Pipeline, name: str, scores: Sequence[Flow]) -> list[Flow]:
+    """The softmax over `scores`, a packet each of a block, of each lane by itself."""
     width = line.p.vector_inputs
 
     def joined(how: str, flows: Sequence[Flow]) -> Flow:
@@ -796,19 +856,26 @@ def mixed(line: Pipeline, name: str, scores: Sequence[Flow], matrices: Sequence[
         line.simd(f"{name}.exp{i}", name, [(s, 0), (top, 0)], [stage("subtract", 0, 1, 4)], 1, result=4, function="exp")
         for i, s in enumerate(scores)
     ]  # fmt: skip
-    inverse = line.simd(
-        f"{name}.inverse", name, [(joined("add", powers), 0)], [], 1, function="reciprocal"
-    )
-    total: list[tuple[Flow, int]] = []
-    for i, (power, matrix) in enumerate(zip(powers, matrices, strict=True)):
-        share = line.simd(
+    inverse = line.simd(f"{name}.inverse", name, [(joined("add", powers), 0)], [], 1, function="reciprocal")
+    return [
+        line.simd(
             f"{name}.share{i}", name, [(power, 0), (inverse, 0)], [stage("multiply", 0, 1, 4)], 1, result=4
         )
+        for i, power in enumerate(powers)
+    ]
+
+
+def weighted(
+    line: Pipeline, name: str, tag: str, shares: Sequence[Flow], matrices: Sequence[Flow], columns: int
+) -> Flow:
+    """Matrices times `shares`, a packet each of a block, added up in order."""
+    total: list[tuple[Flow, int]] = []
+    for i, (share, matrix) in enumerate(zip(shares, matrices, strict=True)):
         stages = [stage("multiply", 0, 1, 4), *([stage("add", 2, 4, 4)] if total else [])]
         total = [
             (
                 line.simd(
-                    f"{name}.{i}", name, [(matrix, 0), (share, 1), *total], stages, columns, result=4,
+                    f"{name}.{i}", tag, [(matrix, 0), (share, 1), *total], stages, columns, result=4,
                     round=int(i == len(matrices) - 1),
                 ),
                 0,
@@ -1312,7 +1379,7 @@ class Vectors:
             ]
             scores.append(line.spread(f"{name}.{tensor}", name, Flow(1, tuple((u,) for u in gates), 1)))
         vectors = [line.read(f"{name}.x{i}", name, self.at[t], [(n, 1)]) for i, t in enumerate(op.reads[1:])]
-        self.at[op.writes[0]] = mixed(line, name, scores, vectors, n)
+        self.at[op.writes[0]] = weighted(line, name, name, softmax(line, name, scores), vectors, n)
 
     def _reduce(self, op: Op) -> None:
         self.at[op.writes[0]] = self.line.all_reduce(

@@ -16,7 +16,7 @@ from tilewright.arch.errors import UserError
 from tilewright.mappers.rdu.coe import Regions
 from tilewright.workloads.models import ModelConfig
 
-__all__ = ["KEYS", "Place", "Residence", "Trace", "check", "rounded"]
+__all__ = ["KEYS", "Place", "Residence", "Trace", "check", "rounded", "rows_at_once"]
 
 KEYS = ("requests", "regions")
 """Of a mapping, beside those of any model."""
@@ -30,6 +30,7 @@ def check(model: ModelConfig) -> None:
         ("experts that all tokens go to", model.d_shared_expert),
         ("layers without experts beside others", model.dense_layers),
         ("biases in experts", model.mlp_bias),
+        ("attention beside the experts, or norms behind them", model.parallel_attention or model.post_norm),
     ):
         if there:
             raise UserError(f"{model.name}: target rdu does not support mixtures with {what}")
@@ -78,8 +79,20 @@ class Trace:
 
 def _check_list(key: str, value: Any, length: int, what: str) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
-        found = f"{len(value)}" if isinstance(value, Sequence) and not isinstance(value, str) else f"{value!r}"
+        found = (
+            f"{len(value)}" if isinstance(value, Sequence) and not isinstance(value, str) else f"{value!r}"
+        )
         raise UserError(f"mapping: {key} must be a list of the {length} {what}, not {found}")
+
+
+def rows_at_once(counts: Sequence[int], lanes: int) -> int:
+    """Rows that a section for a prompt's experts is made for: the most that one gets, or twice what they get on average.
+
+    >>> rows_at_once([250, 260, 258], 16), rows_at_once([1000, 8, 8, 8], 16)
+    (272, 512)
+    """
+    most = min(max(counts), -(-2 * sum(counts) // len(counts)))
+    return -(-most // lanes) * lanes
 
 
 def rounded(n: int) -> int:

@@ -8,13 +8,11 @@ import pytest
 from tests.rdu import test_layer
 from tests.rdu.test_layer import half, machine
 from tilewright.arch import rdu
-from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Scenario
-from tilewright.mappers.rdu import _Mapper, document_of, map_model, mixture
-from tilewright.mappers.rdu.layer import layer_operators
+from tilewright.mappers.rdu import _Mapper, document_of, mixture
+from tilewright.mappers.rdu.stages import first_column
 from tilewright.workloads import rdu_layer as reference
-from tilewright.workloads.models import load_model
 from tilewright.workloads.rdu import blank_image, interpret
 
 CONTEXT, KEYS, EXPERTS = 12, 16, 4
@@ -93,7 +91,9 @@ def step(mapping, batch=1, seed=0):
                 continue
             slot = tensor.removeprefix("expert.")
             for e in range(EXPERTS):
-                own = streamed(kernel.choice, w, tensor, lambda n, s=slot, e=e: n.removesuffix(s) + str(e), p.lanes)
+                own = streamed(
+                    kernel.choice, w, tensor, lambda n, s=slot, e=e: n.removesuffix(s) + str(e), p.lanes
+                )
                 number = mapper.residence.number[kernel.phase, launch.layer, e]
                 tier = "hbm" if mapper.residence.fixed else "ddr"
                 within = mapper._within[mapper._stored(kernel, tensor)]
@@ -130,3 +130,77 @@ def test_values(mapping, batch):
     got, expected, mapper = step(mapping, batch)
     assert np.array_equal(got, expected)
     assert mapper.residence.fixed == ("regions" not in mapping)
+
+
+def prompt(rows, mapping, seed=0):
+    """A prompt of the first layer: (what the machine gives, what the reference gives), and the mapper."""
+    spec = machine()
+    p, m = spec.params(), replace(MODEL, layers=1)
+    scenario = Scenario(prompt=rows, generate=0, embedding=False, lm_head=False, seed=seed)
+    mapper = _Mapper(spec, m, scenario, document_of(spec, QUICK | mapping, mixture.KEYS) | mapping)
+    mapper.plan()
+    rng = np.random.default_rng(seed + 1)
+    w = random_weights(rng)
+    x, cos, sin = (reference.words(rng.normal(size=s)) for s in ((rows, 32), (rows, 16), (rows, 16)))
+    image = blank_image(p)
+
+    def blocked(a):
+        return half(a.reshape(-1, p.lanes, a.shape[1]).transpose(0, 2, 1))
+
+    def put(at, data):
+        image["hbm"][at : at + len(data)] = data
+
+    def product(line, tensor, name, own):
+        """The strips of a product, as its memory units hold them; its parts are not cut on this machine."""
+        units = [u for u in line.units if u.startswith(f"{name}.w") and u.endswith(".0")]
+        strips, (depth, n) = line.units[units[0]].fields["read_count1"], own.shape
+        width = strips * p.stages
+        whole = np.zeros((depth, max(n, width)), np.uint32)
+        whole[:, :n] = own
+        held = []
+        for j in range(len(units)):
+            at = first_column(j, len(units), width, n)
+            words = whole[:, at : at + width].reshape(depth, strips, -1).transpose(1, 0, 2).ravel()
+            held.append(np.pad(words, (0, -len(words) % p.lanes)))
+        return half(np.concatenate(held))
+
+    put(mapper.address["rows", "x", -1], blocked(x))
+    for launch in mapper.launches:
+        if not hasattr(launch, "kernel"):
+            continue
+        line = mapper.kernels[launch.kernel].choice.line
+        for r, at in zip(line.arguments, mapper._arguments(launch).values(), strict=True):
+            if r.offset:
+                continue
+            if r.tensor in ("cos", "sin"):
+                put(at, blocked({"cos": cos, "sin": sin}[r.tensor]))
+            elif r.tensor.endswith(".gain"):
+                put(at, half(w[r.tensor]))
+            elif r.tensor.startswith("slot."):
+                numbers = np.array([mapper.trace.of(t, 0)[int(r.tensor[5:])] for t in range(rows)], np.uint32)
+                put(at, numbers.view(np.uint8))
+            elif r.tensor.endswith(".w"):
+                name = r.tensor[:-2].removeprefix("expert.0.")
+                op = name.split(".")[0]
+                own = w[f"{op[:-1]}{launch.experts[0]}" if launch.experts else op]
+                put(at, product(line, r.tensor, name, own))
+    after, _ = interpret(spec, Program(rdu.ISA, mapper, mapper.tags), image)
+    got = after["hbm"][mapper.address["rows", "z", -1] :][: rows * 64].view(np.uint16)
+    got = got.reshape(-1, 32, p.lanes).transpose(0, 2, 1).reshape(rows, 32)
+    sections = mapper.document["sections"]
+    attends = next(s for s in sections if "attention" in s["operators"])
+    none = np.zeros((0, m.kv_dim), np.uint32)
+    z, _, _ = reference.layer(
+        m, w, x, cos, sin, (none, none), attends["keys"], reference.Layer(attends["chunks"], 1, 1), p,
+        chosen=[mapper.trace.of(t, 0) for t in range(rows)],
+    )  # fmt: skip
+    return got, z >> 16, mapper
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_prompts(trace):
+    # All rows go to experts 0 and 3, more than a section is made for: eight on average, twice that at once.
+    mapping = {"requests": [[[3, 0]]] * 31 + [[[1, 2]]]} if trace else {}
+    got, expected, mapper = prompt(32, mapping)
+    assert np.array_equal(got, expected)
+    assert mapper.infos and any(info.op == "move rows" for info in mapper.infos)
