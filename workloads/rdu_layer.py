@@ -161,9 +161,11 @@ class Layer:
 def layer(
     model: ModelConfig, weights: Mapping[str, Words], x: Words, cos: Words | None, sin: Words | None,
     past: tuple[Words, Words], tokens: int, how: Layer, counts: asic.Counts, slopes: Words | None = None,
-    window: int | None = None,
+    window: int | None = None, chosen: Sequence[Sequence[int]] = (),
 ) -> tuple[Words, Words, Words]:  # fmt: skip
     """One layer over rows of new tokens behind cached ones; returns (rows, keys, values) with all `tokens` of the cache.
+
+    Of a mixture the experts `chosen` by each row are at work, whose weights are under `<operator>_<expert>`.
 
     `weights` by operator; biases under `<operator>.bias`, norms under `.gain` and `.bias`. What lies beyond the new
     tokens in the cache must be finite, as it is masked.
@@ -197,14 +199,24 @@ def layer(
         )  # fmt: skip
         return linear("attention_out", out, 1), keys, values
 
-    def mlp(a: Words) -> Words:
-        up = linear("up", a, how.parts)
+    def expert(a: Words, suffix: str = "") -> Words:
+        up = linear(f"up{suffix}", a, how.parts)
         inner = (
-            activation(m.activation, linear("gate", a, how.parts), up, counts)
+            activation(m.activation, linear(f"gate{suffix}", a, how.parts), up, counts)
             if m.gated_mlp
             else activation(m.activation, up, None, counts)
         )
-        return linear("down", inner, how.inner)
+        return linear(f"down{suffix}", inner, how.inner)
+
+    def mlp(a: Words) -> Words:
+        if not m.experts:
+            return expert(a)
+        scores = linear("router", a, how.parts)
+        given = [expert(a, f"_{e}") for e in range(m.experts)]
+        number, row = np.array(chosen).T, np.arange(rows)
+        return mixture(
+            [scores[row, e][:, None] for e in number], [np.stack(given)[e, row] for e in number], counts, how.inputs
+        )  # fmt: skip
 
     def add(*parts: Words) -> Words:
         return round_bf16(_fold("add", parts))
@@ -274,13 +286,27 @@ def token_attention(
     return np.concatenate(outs)
 
 
+def mixture(scores: Sequence[Words], experts: Sequence[Words], counts: asic.Counts, inputs: int = 4) -> Words:
+    """What the chosen experts give, uint32[..., columns], weighted by a softmax over their `scores`, uint32[..., 1]."""
+    top = join("maximum", scores, inputs)
+    powers = [special("exp", _op("subtract", score, top), counts) for score in scores]
+    inverse = special("reciprocal", join("add", powers, inputs), counts)
+    return round_bf16(
+        _fold(
+            "add",
+            [_op("multiply", x, _op("multiply", p, inverse)) for p, x in zip(powers, experts, strict=True)],
+        )
+    )
+
+
 def token_layer(
     model: ModelConfig, weights: Mapping[str, Words], x: Words, cos: Words | None, sin: Words | None,
-    past: tuple[Words, Words], mask: Words, how: Layer, counts: asic.Counts, lanes: int,
+    past: tuple[Words, Words], mask: Words, how: Layer, counts: asic.Counts, lanes: int, chosen: Sequence[int] = (),
 ) -> tuple[Words, Words, Words]:  # fmt: skip
     """One layer for one token, uint32[d_model], behind `past` keys and values; returns (x, k, v) of the token.
 
-    As `layer`, but for the order of sums over a row. `how.parts` and `how.inner` cut the depths of products.
+    As `layer`, but for the order of sums over a row. `how.parts` and `how.inner` cut the depths of products. Of a
+    mixture the `chosen` experts are at work, whose weights are under `<operator>_<expert>`.
     """
     m, w = model, weights
 
@@ -303,14 +329,22 @@ def token_layer(
         )  # fmt: skip
         return linear("attention_out", out, 1), k, v
 
-    def mlp(a: Words) -> Words:
-        up = linear("up", a, how.parts)
+    def expert(a: Words, suffix: str = "") -> Words:
+        up = linear(f"up{suffix}", a, how.parts)
         inner = (
-            activation(m.activation, linear("gate", a, how.parts), up, counts)
+            activation(m.activation, linear(f"gate{suffix}", a, how.parts), up, counts)
             if m.gated_mlp
             else activation(m.activation, up, None, counts)
         )
-        return linear("down", inner, how.inner)
+        return linear(f"down{suffix}", inner, how.inner)
+
+    def mlp(a: Words) -> Words:
+        if not m.experts:
+            return expert(a)
+        scores = linear("router", a, how.parts)
+        return mixture(
+            [scores[e, None] for e in chosen], [expert(a, f"_{e}") for e in chosen], counts, how.inputs
+        )
 
     def add(*parts: Words) -> Words:
         return round_bf16(_fold("add", parts))

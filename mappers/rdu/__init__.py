@@ -25,14 +25,15 @@ import numpy as np
 
 from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import Program, Segment
-from tilewright.arch.rdu import CODE, ISA, RduSpec
+from tilewright.arch.rdu import CODE, ISA, TIERS, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
-from tilewright.mappers.rdu.coe import map_composition
-from tilewright.mappers.rdu.layer import Op, Share, layer_operators
+from tilewright.mappers.rdu import mixture
+from tilewright.mappers.rdu.coe import copy_ticks, map_composition
+from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, ceil_div
+from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, Region, ceil_div
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
 
@@ -65,8 +66,9 @@ COMPOSITIONS = True
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
     *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f"),
-    *("gate_out", "up_out", "o_part", "w_part", "logits", "last"),
+    *("gate_out", "up_out", "o_part", "w_part", "logits", "last", "r", "e", "spare"),
 )
+EXPERT = "expert."
 
 
 @dataclass
@@ -92,6 +94,35 @@ class Launch:
     layer: int
     slot: Mapping[str, int] = field(default_factory=dict)
     """Bytes to add to tensors' addresses."""
+    experts: tuple[int, ...] = ()
+    """The expert of each slot."""
+    where: Mapping[Region, tuple[str, int]] = field(default_factory=dict)
+    """What arguments point to instead: a tensor, and a byte in it."""
+    regions: tuple[int, ...] = ()
+    """Where these experts are."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Experts' weights on their way to regions of HBM, until all are there."""
+
+    places: tuple[mixture.Place, ...]
+    tag: str
+    step: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Rows on their way from one tensor to another in HBM, until all are there."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    rows: tuple[tuple[int, int, int, int], ...]
+    """(tensor of source, row, tensor of target, row)"""
+    tag: str
+    step: int
+    layer: int
 
 
 def draw_section(built: Built, path: str | Path) -> None:
@@ -99,13 +130,16 @@ def draw_section(built: Built, path: str | Path) -> None:
     Path(path).write_text(built.svg(), encoding="utf-8")
 
 
-def document_of(spec: RduSpec, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The choices of a mapping with defaults filled in. Raises UserError for what is not allowed."""
+def document_of(spec: RduSpec, mapping: Mapping[str, Any] | None, told: Sequence[str] = ()) -> dict[str, Any]:
+    """The choices of a mapping with defaults filled in; `told` are keys that others read.
+
+    Raises UserError for what is not allowed.
+    """
     known: dict[str, Any] = {
         "fusion": "fused", "orchestration": spec.launch.orchestration, "allreduce": "fused", **DEFAULTS,
     }  # fmt: skip
     for key, value in (mapping or {}).items():
-        if key in TOLD:
+        if key in TOLD or key in told:
             continue
         if key not in known:
             raise UserError(f"mapping: unknown key {key!r}; {nearest(key, known)}")
@@ -126,7 +160,8 @@ def map_model(
 
     `mapping` overrides choices of the document that is returned: fusion, orchestration, allreduce, granule (tokens), the
     placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use (0:
-    chosen).
+    chosen). For a mixture of experts: `requests`, the experts of each token, layer and slot (else drawn uniformly from
+    `scenario.seed`), and `regions`, the experts of a layer that HBM may hold (else as many as fit).
     Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
     """
     if model.composition is not None:
@@ -150,7 +185,9 @@ def _map_one(
             f"{total} tokens are more than the {model.positions} positions that {model.name} is made for"
         )
         model = replace(model, positions=None)
-    mapper = _Mapper(spec, model, scenario, document_of(spec, mapping), apart)
+    own = mixture.KEYS if model.experts else ()
+    document = document_of(spec, mapping, own) | {k: v for k, v in (mapping or {}).items() if k in own}
+    mapper = _Mapper(spec, model, scenario, document, apart)
     mapper.notes += notes
     mapper.plan()
     others = {"unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"}}
@@ -173,6 +210,7 @@ def _map_one(
                 if apart
                 else ["one copy of the weights suits the orders in which prompt and tokens stream them"]
             ),
+            *mapper.assumed,
         ],
         draw=mapper.draw(),
         beside={name: kept_choices | other for name, other in others.items()}
@@ -238,7 +276,16 @@ class _Mapper:
         apart: bool = True,
     ) -> None:
         if model.experts:
-            raise UserError(f"{model.name}: target rdu does not support mixtures of experts")
+            mixture.check(model)
+            if scenario.prompt and model.d_model * BF16_BYTES % spec.line_bytes:
+                raise UserError(f"{model.name}: a row of {model.d_model} columns is no multiple of a line")
+            if not apart:
+                raise UserError(
+                    f"{model.name}: target rdu does not support compositions of mixtures; allowed: dense experts"
+                )
+            tokens = scenario.batch * (scenario.prompt + scenario.generate)
+            self.trace = mixture.Trace.read(document, model, tokens, scenario.seed)
+            document["requests"] = self.trace.experts
         if model.sub_norms or model.qk_norm:
             raise UserError(f"{model.name}: target rdu does not support norms within attention and MLP")
         if not spec.pcu.systolic and scenario.prompt:
@@ -248,7 +295,8 @@ class _Mapper:
         self.share = Share(model, spec.node.sockets)
         self.limits = self._limits(PERCENT)
         self.kernels: list[Kernel] = []
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | Copies | Moves] = []
+        self.assumed: list[str] = []
         self._phases: dict[str, tuple[list[int], int]] = {}
         self._most = -1
         self.notes: list[str] = []
@@ -256,6 +304,7 @@ class _Mapper:
         self.tags: list[str] = []
         self.apart = apart
         self.address: dict[tuple[str, str, int], int] = {}
+        self._within: dict[tuple[object, ...], int] = {}
         self.used = {"hbm": 0, "ddr": 0, "remote": 0}
         self.launch_ticks = self.p.argument_load + (
             self.p.host_launch if document["orchestration"] == "host" else self.p.hardware_launch
@@ -282,6 +331,7 @@ class _Mapper:
         for i in range(s.generate):
             self._token(step, i)
             step += 1
+        self.memory = self._lay_out()
         self._number_tags()
         self._report()
 
@@ -303,27 +353,78 @@ class _Mapper:
         ops = layer_operators(m, self.share.sockets)
         first = [op.kind for op in ops].index("attention")
 
-        def plan(some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits) -> Choice | None:
+        def plan(
+            some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits, rows: int = s.prompt
+        ) -> Choice | None:
             return plan_rows(
-                p, self.share, some, keep, limits, rows=s.prompt, keys=keys, pitch=self.pitch, context=context,
+                p, self.share, some, keep, limits, rows=rows, keys=keys, pitch=self.pitch, context=context,
                 window=window if window is not None and window < keys else None,
                 groups=self.document["groups"] or None,
             )  # fmt: skip
 
-        choices = []
-        for some, later in ((ops[:first], ops[first:]), (ops[first:], [])):
-            result = [*kept(some, later, ["z"])]
-            choices += self._cut(some, result, plan, "prompt")
-        layers = [
-            self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
-        ]
+        def kernels(
+            some: Sequence[Op], later: Sequence[Op], result: Sequence[str], plan: Any = plan
+        ) -> list[int]:
+            choices = self._cut(some, kept(some, later, result), plan, "prompt")
+            return [
+                self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
+            ]
+
+        if m.experts:
+            split = next(i for i, op in enumerate(ops) if op.name == "router") + 1
+            tail = next(i for i, op in enumerate(ops) if op.kind == "mixture")
+            asked = [
+                self.trace.groups(range(b * s.prompt, (b + 1) * s.prompt), layer)
+                for b in range(s.batch)
+                for layer in range(m.layers)
+            ]
+            rows = mixture.rows_at_once([len(found) for a in asked for found in a.values()], p.lanes)
+            own = partial(plan, rows=rows)
+            expert = kernels(expert_operators(m), [], ["e.0"], own)
+            layers = kernels(ops[:first], ops[first:], ["z"]) + kernels(ops[first:split], ops[split:], ["z"])
+            last = kernels(ops[tail:], [], ["z"])
+        else:
+            layers = kernels(ops[:first], ops[first:], ["z"]) + kernels(ops[first:], [], ["z"])
         for b in range(s.batch):
             self._embed(step, s.prompt)
             for layer in range(m.layers):
                 for k in layers:
                     slot = {name: b * self._cache_bytes() for name in ("keys", "values")}
                     self.launches.append(Launch(k, self._tag(k, layer), step, layer, slot))
+                if m.experts:
+                    self._prompt_mixture(expert, last, step, b, layer, asked[b * m.layers + layer], rows)
             self._head(step)
+
+    def _prompt_mixture(
+        self, expert: list[int], last: list[int], step: int, b: int, layer: int,
+        asked: Mapping[int, Sequence[tuple[int, int]]], rows: int,
+    ) -> None:  # fmt: skip
+        """Each expert's rows are gathered, go through its sections, and are put back in the order of the tokens."""
+        slots = tuple(f"e.{i}" for i in range(self.model.experts_per_token))
+        tag = f"layer_{layer}_prompt_move_rows"
+        for e, found in asked.items():
+            for first in range(0, len(found), rows):
+                some = found[first : first + rows]
+                there = tuple((0, t, 0, i) for i, (t, _) in enumerate(some))
+                self.launches.append(Moves(("h2",), ("gathered",), there, tag, step, layer))
+                for k in expert:
+                    where = {
+                        r: ({"h2": "gathered", "e.0": "given"}[r.tensor], r.offset)
+                        for r in self.kernels[k].choice.line.arguments
+                        if r.tensor in ("h2", "e.0")
+                    }
+                    self.launches.append(
+                        Launch(k, self._tag(k, layer), step, layer, experts=(e,), where=where)
+                    )
+                back = tuple((0, i, slot, t) for i, (t, slot) in enumerate(some))
+                self.launches.append(Moves(("given",), slots, back, tag, step, layer))
+        for k in last:
+            where = {
+                r: (f"{r.tensor} {b} {layer}", r.offset)
+                for r in self.kernels[k].choice.line.arguments
+                if r.tensor.startswith(SLOT)
+            }
+            self.launches.append(Launch(k, self._tag(k, layer), step, layer, where=where))
 
     def _token(self, step: int, i: int) -> None:
         s, m, p = self.scenario, self.model, self.p
@@ -332,9 +433,6 @@ class _Mapper:
         if m.windowed_layers and len(m.windowed_layers) == m.layers and m.sliding_window is not None:
             keys = min(keys, ceil_div(m.sliding_window, 4 * p.lanes) * 4 * p.lanes)
         phase = f"token {keys}"
-        if phase not in self._phases:
-            self._phases[phase] = self._token_kernels(phase, keys)
-        layers, batch = self._phases[phase]
         first = max(0, cached - keys)
         slot = {
             "keys.new": cached * BF16_BYTES, "values.new": cached * BF16_BYTES,
@@ -343,16 +441,113 @@ class _Mapper:
             "values": first // (2 * p.lanes) * 2 * p.lanes * BF16_BYTES,
             "mask": (keys - min(cached, keys)) * keys * BF16_BYTES if keys else 0,
         }  # fmt: skip
+        ops = layer_operators(m, self.share.sockets, token=True)
         self._embed(step, s.batch)
         for layer in range(m.layers):
-            for k in layers:
-                for _ in range(ceil_div(s.batch, batch)):
-                    self.launches.append(Launch(k, self._tag(k, layer), step, layer, slot))
+            if m.experts:
+                chosen = range(s.batch * (s.prompt + i), s.batch * (s.prompt + i + 1))
+                self._token_mixture(phase, keys, ops, step, layer, slot, chosen)
+            else:
+                self._launch_sequences(phase, keys, ops, (), step, layer, slot)
         for _ in range(s.batch):
             self._head(step)
 
-    def _token_kernels(self, phase: str, keys: int) -> tuple[list[int], int]:
-        """The kernels of a layer for the next token, and how many sequences they take at once.
+    def _launch_sequences(
+        self, phase: str, keys: int, ops: Sequence[Op], later: Sequence[Op], step: int, layer: int, slot: Mapping[str, int]
+    ) -> None:  # fmt: skip
+        """A layer's `ops` for the next token of all sequences, as many at once as sections are made for."""
+        name = f"{phase} from {ops[0].name}"
+        if name not in self._phases:
+            self._phases[name] = self._token_kernels(phase, keys, ops, kept(ops, later, ["z"]))
+        kernels, batch = self._phases[name]
+        for b in range(0, self.scenario.batch, batch):
+            for k in kernels:
+                own = dict(slot)
+                for t, n in self.kernels[k].choice.line.extents.items():
+                    if t in ACTIVATIONS:
+                        own[t] = own.get(t, 0) + b // batch * n
+                    elif t in ("keys", "values", "keys.new", "values.new"):
+                        own[t] = own.get(t, 0) + b * self._cache_bytes()
+                self.launches.append(Launch(k, self._tag(k, layer), step, layer, own))
+
+    def _token_mixture(
+        self, phase: str, keys: int, ops: Sequence[Op], step: int, layer: int, slot: Mapping[str, int], tokens: range
+    ) -> None:  # fmt: skip
+        """A layer with experts: up to the router's scores, the experts that they choose, and what they give together.
+
+        One token's experts are one section. Those of several run one after the other, for all tokens that go to it.
+        """
+        split = next(i for i, op in enumerate(ops) if op.name == "router") + 1
+        tail = next(i for i, op in enumerate(ops) if op.kind == "mixture")
+        self._launch_sequences(phase, keys, ops[:split], ops[split:], step, layer, slot)
+        (x,) = ops[split - 1].reads
+        row, scores = self.model.d_model * BF16_BYTES, self._router_row()
+        if len(tokens) == 1:
+            name = f"{phase} experts"
+            if name not in self._phases:
+                self._phases[name] = self._token_kernels(phase, keys, ops[split:], ("z",))
+            chosen = self.trace.of(tokens[0], layer)
+            for k in self._phases[name][0]:
+                self.launches.append(
+                    Launch(
+                        k, self._tag(k, layer), step, layer, experts=chosen,
+                        where={Region(f"{CHOSEN}.{i}"): ("r", BF16_BYTES * e) for i, e in enumerate(chosen)},
+                    )
+                )  # fmt: skip
+            return
+        for e, asked in self.trace.groups(tokens, layer).items():
+            first = 0
+            while first < len(asked):
+                kernels, most = self._expert_kernels(phase, len(asked) - first, x)
+                some = asked[first : first + most]
+                first += len(some)
+                where = {}
+                for g in range(most):
+                    t, i = some[min(g, len(some) - 1)]
+                    where[Region(x, g * row)] = (x, t * row)
+                    where[Region("e.0", g * row)] = (f"e.{i}", t * row) if g < len(some) else ("spare", 0)
+                for k in kernels:
+                    self.launches.append(
+                        Launch(k, self._tag(k, layer), step, layer, experts=(e,), where=where)
+                    )
+        name = f"{phase} mixture"
+        if name not in self._phases:
+            self._phases[name] = self._token_kernels(phase, keys, ops[tail:], ("z",))
+        kernels, batch = self._phases[name]
+        for b in range(0, len(tokens), batch):
+            where = {
+                Region(f"{CHOSEN}.{i}", g * scores): ("r", (b + g) * scores + BF16_BYTES * e)
+                for g in range(batch)
+                for i, e in enumerate(self.trace.of(tokens[b + g], layer))
+            }
+            for k in kernels:
+                extents = self.kernels[k].choice.line.extents
+                own = {t: b // batch * n for t, n in extents.items() if self._is_row(t)}
+                self.launches.append(Launch(k, self._tag(k, layer), step, layer, own, where=where))
+
+    def _router_row(self) -> int:
+        """Bytes from one token's scores to the next one's."""
+        return ceil_div(self.model.experts, self.p.lanes) * self.p.lanes * BF16_BYTES
+
+    def _expert_kernels(self, phase: str, tokens: int, x: str) -> tuple[list[int], int]:
+        """The kernels of an expert for at least so many tokens, or for as many as a section holds."""
+        size = mixture.rounded(tokens)
+        while True:
+            name = f"{phase} expert {size}"
+            try:
+                if name not in self._phases:
+                    ops = expert_operators(self.model, 0, x)
+                    self._phases[name] = self._token_kernels(phase, 0, ops, ("e.0",), size)
+                return self._phases[name]
+            except UserError:
+                if size == 1:
+                    raise
+                size //= 2
+
+    def _token_kernels(
+        self, phase: str, keys: int, ops: Sequence[Op], result: Sequence[str], batch: int = 0
+    ) -> tuple[list[int], int]:
+        """The kernels of `ops` for the next token, and how many sequences they take at once: at most `batch`, or all.
 
         Fewer units make more and smaller sections: these are taken where larger ones find no routes of their own.
         """
@@ -361,38 +556,38 @@ class _Mapper:
         for percent in TOKEN_PERCENTS:
             self.limits = self._limits(percent)
             try:
-                choices, batch = self._token_choices(keys)
+                choices, held = self._token_choices(keys, ops, result, batch or self.scenario.batch)
             except UserError:
                 if tries:
                     break
                 raise
             for choice in choices:
                 self._kernel(phase, choice)
-            tries.append((self.kernels[first:], batch))
+            tries.append((self.kernels[first:], held))
             del self.kernels[first:]
             if self.document["percent"] or not any(k.blocked for k in tries[-1][0]):
                 break
-        kernels, batch = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
+        kernels, held = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
         self.kernels += [self._held_back(k) if k.blocked else k for k in kernels]
-        return list(range(first, len(self.kernels))), batch
+        return list(range(first, len(self.kernels))), held
 
-    def _token_choices(self, keys: int) -> tuple[list[Choice], int]:
-        """The sections of a layer that the present limits allow, and the largest batch with which they do."""
-        ops = layer_operators(self.model, self.share.sockets, token=True)
-        batch = self.scenario.batch
+    def _token_choices(
+        self, keys: int, ops: Sequence[Op], result: Sequence[str], batch: int
+    ) -> tuple[list[Choice], int]:
+        """The sections of `ops` that the present limits allow, and the largest batch with which they do."""
         while True:
             plan = partial(plan_vectors, self.p, self.share, batch=batch, keys=keys, pitch=self.pitch)
             try:
                 choices = self._cut(
                     ops,
-                    ["z"],
+                    result,
                     lambda some, keep, plan=plan: plan(some, keep, self.limits),
                     f"{keys} cached tokens",
                 )
             except UserError:
                 if batch == 1:
                     raise
-                batch //= 2
+                batch = next(n for n in range(batch // 2, 0, -1) if batch % n == 0)
             else:
                 return choices, batch
 
@@ -520,7 +715,12 @@ class _Mapper:
     def _number_tags(self) -> None:
         seen: dict[str, TagInfo] = {}
         for launch in self.launches:
-            name = self.kernels[launch.kernel].name if launch.kernel >= 0 else "embedding"
+            if isinstance(launch, Copies):
+                name = "copy expert"
+            elif isinstance(launch, Moves):
+                name = "move rows"
+            else:
+                name = self.kernels[launch.kernel].name if launch.kernel >= 0 else "embedding"
             seen.setdefault(launch.tag, TagInfo(launch.tag.replace("_", " "), name, launch.layer))
         for kernel in self.kernels:
             for tag in kernel.built.tags:
@@ -540,7 +740,7 @@ class _Mapper:
             return "cache", ("cache", tensor.split(".")[0], layer), size
         if tensor in SHARED:
             return "tables", (kernel.phase, tensor, -1), size
-        if tensor in ACTIVATIONS or tier == "remote":
+        if self._is_row(tensor) or tier == "remote":
             return "rows", ("rows", tensor, -1), self._widest
         phase = f"{kernel.phase} {kernel.name}" if kernel.phase != "prompt" else "prompt"
         return "weights", (phase, tensor, layer), size
@@ -550,12 +750,25 @@ class _Mapper:
         line = self.spec.line_bytes
         parts: dict[str, dict[str, dict[str, dict[tuple[str, str, int], int]]]] = {}
         for launch in self.launches:
-            if launch.kernel >= 0:
+            if isinstance(launch, Launch) and launch.kernel >= 0:
                 kernel = self.kernels[launch.kernel]
                 for r in kernel.choice.line.arguments:
+                    if r.tensor.startswith(EXPERT):
+                        continue
+                    if r in launch.where:
+                        rows = parts.setdefault("hbm", {name: {} for name in PARTS})["rows"]
+                        size = (
+                            kernel.choice.line.extents[r.tensor]
+                            if r.tensor.startswith(SLOT)
+                            else self._widest
+                        )
+                        rows.setdefault("", {})["rows", launch.where[r][0], -1] = size
+                        continue
                     part, key, size = self._tensor(r.tensor, launch.layer, kernel)
                     tier = kernel.choice.line.tiers[r.tensor]
-                    if launch.layer < 0:  # passes of the head lie side by side
+                    if (
+                        launch.layer < 0 or part == "tables"
+                    ):  # passes of the head lie side by side, and positions
                         size += launch.slot.get(r.tensor, 0)
                     # Phases whose weights are the same begin at the same address.
                     phase = kernel.phase if part == "weights" and not self.apart else ""
@@ -578,7 +791,133 @@ class _Mapper:
                     end += ceil_div(size, line) * line
                 self.used[tier] = end
                 told.setdefault(tier, {})[part] = end - first
+        if self.model.experts:
+            for tier, size in self._lay_out_experts().items():
+                told.setdefault(tier, {})["experts"] = size
         return told
+
+    def _moves(self, moves: Moves, tag: int) -> Segment:
+        line = self.spec.line_bytes
+        row = self.model.d_model * BF16_BYTES // line
+        runs: list[
+            list[int]
+        ] = []  # of rows that lie side by side, before and after: first lines, and how many
+        for source, a, target, b in moves.rows:
+            start, end = (
+                self.address["rows", names[n], -1] // line + at * row
+                for names, n, at in ((moves.source, source, a), (moves.target, target, b))
+            )
+            if runs and runs[-1][0] + runs[-1][2] == start and runs[-1][1] + runs[-1][2] == end:
+                runs[-1][2] += row
+            else:
+                runs.append([start, end, row])
+        hbm = TIERS.index("hbm")
+        codes = [
+            CODE.make("COPY", source=hbm, target=hbm, lines=lines, tag=tag, **{"from": start, "to": end})
+            for start, end, lines in runs
+        ]
+        return Segment({"code": np.concatenate([*codes, CODE.make("WAIT", tag=tag)])}, label=moves.tag)
+
+    # ---- experts ------------------------------------------------------------------------------------
+
+    def _stored(self, kernel: Kernel, tensor: str) -> tuple[object, ...]:
+        """What part of an expert's weights a section reads, and in what order: equal for slots that read the same."""
+        slot, *rest = tensor.removeprefix(EXPERT).split(".")
+        names = (op.name.removesuffix(f"_{slot}") for op in kernel.choice.ops if op.slot == int(slot))
+        return kernel.phase, *names, *(f"{k} {v}" for k, v in kernel.choice.tiles.items()), *rest
+
+    def _lay_out_experts(self) -> dict[str, int]:
+        """Give each expert its place in HBM, or one in DDR and, while it is at work, a region; bytes of both."""
+        m, line = self.model, self.spec.line_bytes
+        ends: dict[str, int] = {}
+        used: list[tuple[int, Launch, list[mixture.Expert]]] = []
+        for at, launch in enumerate(self.launches):
+            if not isinstance(launch, Launch) or not launch.experts:
+                continue
+            kernel = self.kernels[launch.kernel]
+            for tensor, size in kernel.choice.line.extents.items():
+                if tensor.startswith(EXPERT) and self._stored(kernel, tensor) not in self._within:
+                    self._within[self._stored(kernel, tensor)] = ends.get(kernel.phase, 0)
+                    ends[kernel.phase] = ends.get(kernel.phase, 0) + ceil_div(size, line) * line
+            used.append((at, launch, [(kernel.phase, launch.layer, e) for e in launch.experts]))
+        experts = [(phase, layer, e) for phase in ends for layer in range(m.layers) for e in range(m.experts)]
+        self._region = max(ends.values())
+        room = (self.spec.memory.hbm.bytes - self.used["hbm"]) // self._region
+        asked = self.document.get("regions", len(experts))
+        least = max(len(e) for _, _, e in used)
+        if type(asked) is not int or not least <= asked <= len(experts):
+            raise UserError(f"mapping: regions must be in {least}..{len(experts)}, not {asked!r}")
+        if room < least:
+            raise UserError(
+                f"{m.name}: beside {self.used['hbm'] / 1e9:.4g} GB of other things, a socket's HBM has room for {room} "
+                f"experts of {self._region / 1e9:.4g} GB; a section needs {least}; more sockets (node.sockets) share them"
+            )
+        self.residence = held = mixture.Residence(experts, min(asked, room))
+        self._first_expert = {"hbm": self.used["hbm"], "ddr": self.used["ddr"]}
+        told = {"hbm": held.regions * self._region}
+        if not held.fixed:
+            told["ddr"] = len(experts) * self._region
+            self.assumed.append("no expert is in HBM at the start")
+            if self.used["ddr"] + told["ddr"] > self.spec.memory.ddr.bytes:
+                raise UserError(
+                    f"{m.name}: a socket's DDR has {self.spec.memory.ddr.bytes / 1e9:.4g} GB, its share of the experts "
+                    f"is {told['ddr'] / 1e9:.4g} GB; more sockets (node.sockets) share them"
+                )
+        for tier, size in told.items():
+            self.used[tier] += size
+        launches = list(self.launches)
+        inserted = 0
+        for at, launch, asked_for in used:
+            regions, places = held.use(asked_for)
+            launches[at + inserted] = replace(launch, regions=tuple(regions))
+            if places:
+                tag = f"layer_{launch.layer}_copy_expert"
+                launches.insert(at + inserted, Copies(tuple(places), tag, launch.step, launch.layer))
+                inserted += 1
+        self.launches = launches
+        if self.trace.drawn:
+            self.assumed.append(
+                f"the {m.experts_per_token} experts of each token and layer: drawn uniformly, seed {self.scenario.seed}"
+            )
+        self.assumed.append(
+            "choosing experts from the router's scores, outside of the program, takes no time"
+        )
+        each = f"{len(experts)} experts of {self._region / 1e6:.4g} MB of a socket"
+        if held.fixed:
+            self.notes.append(f"{each} are in HBM")
+        else:
+            lines = self._region // line
+            ms = 1000 * float(copy_ticks(self.spec, lines) * self.spec.tick.period_s)
+            self.notes.append(
+                f"{each} are in DDR, HBM holds {held.regions}: {held.copies} of {held.uses} were copied when they were "
+                f"needed, in {ms:.4g} ms each"
+            )
+        return told
+
+    def _expert_place(self, launch: Launch, tensor: str) -> int:
+        """The first byte of a section's part of the expert in a slot."""
+        region = launch.regions[int(tensor.removeprefix(EXPERT).split(".")[0])]
+        within = self._within[self._stored(self.kernels[launch.kernel], tensor)]
+        return self._first_expert["hbm"] + region * self._region + within
+
+    def _copies(self, copies: Copies, tag: int) -> Segment:
+        line, size = self.spec.line_bytes, self._region
+        codes = [
+            CODE.make(
+                "COPY", source=TIERS.index("ddr"), target=TIERS.index("hbm"), lines=size // line, tag=tag,
+                **{
+                    "from": (self._first_expert["ddr"] + self.residence.number[place.expert] * size) // line,
+                    "to": (self._first_expert["hbm"] + place.region * size) // line,
+                },
+            )
+            for place in copies.places
+        ]  # fmt: skip
+        return Segment({"code": np.concatenate([*codes, CODE.make("WAIT", tag=tag)])}, label=copies.tag)
+
+    @staticmethod
+    def _is_row(tensor: str) -> bool:
+        """Whether a tensor holds rows between sections; in a mixture each slot has its own."""
+        return tensor.split(".")[0] in ACTIVATIONS
 
     def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
         """The first byte of a tensor."""
@@ -588,13 +927,12 @@ class _Mapper:
     def _widest(self) -> int:
         """Bytes of the largest matrix between sections."""
         if self._most < 0:
-            names = (*ACTIVATIONS,)
             self._most = max(
                 (
                     n
                     for k in self.kernels
                     for t, n in k.choice.line.extents.items()
-                    if t in names or k.choice.line.tiers[t] == "remote"
+                    if self._is_row(t) or k.choice.line.tiers[t] == "remote"
                 ),
                 default=0,
             ) * max(1, self.scenario.batch)
@@ -602,10 +940,16 @@ class _Mapper:
 
     def _arguments(self, launch: Launch) -> dict[int, int]:
         kernel = self.kernels[launch.kernel]
-        return {
-            i: self._place(r.tensor, launch.layer, kernel) + r.offset + launch.slot.get(r.tensor, 0)
-            for i, r in enumerate(kernel.choice.line.arguments)
-        }
+
+        def value(r: Region) -> int:
+            if r.tensor.startswith(EXPERT):
+                return self._expert_place(launch, r.tensor) + r.offset
+            if r in launch.where:
+                tensor, at = launch.where[r]
+                return self.address["rows", tensor, -1] + at
+            return self._place(r.tensor, launch.layer, kernel) + r.offset + launch.slot.get(r.tensor, 0)
+
+        return {i: value(r) for i, r in enumerate(kernel.choice.line.arguments)}
 
     def _report(self) -> None:
         p, s, m = self.p, self.scenario, self.model
@@ -637,8 +981,7 @@ class _Mapper:
             document.append(
                 {"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles}
             )
-        memory = self._lay_out()
-        self.document = {**self.document, "sections": document, "memory": memory}
+        self.document = {**self.document, "sections": document, "memory": self.memory}
         hbm, ddr = self.spec.memory.hbm.bytes, self.spec.memory.ddr.bytes
         cache = 2 * m.layers * s.batch * self._cache_bytes()
         self.notes.append(
@@ -670,6 +1013,12 @@ class _Mapper:
         number = {tag: i for i, tag in enumerate(self.tags)}
         lines = ceil_div(self.model.d_model * BF16_BYTES, self.spec.line_bytes)
         for i, launch in enumerate(self.launches):
+            if isinstance(launch, Copies):
+                yield self._copies(launch, number[launch.tag])
+                continue
+            if isinstance(launch, Moves):
+                yield self._moves(launch, number[launch.tag])
+                continue
             if launch.kernel < 0:  # rows of the table of embeddings, which the host chooses
                 tag = number[launch.tag]
                 copy = CODE.make("COPY", source=1, target=0, lines=-launch.kernel * lines, tag=tag)

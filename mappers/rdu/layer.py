@@ -21,12 +21,21 @@ from tilewright.arch.rdu import ADDRESS_BITS, LEVELS, RduParams
 from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 from tilewright.workloads.models import ModelConfig
 
-__all__ = ["LOWEST", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached", "layer_operators"]
+__all__ = [
+    "CHOSEN", "LOWEST", "SLOT", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached", "expert_operators",
+    "layer_operators",
+]  # fmt: skip
 
 LOWEST = -1e30
 """What the score of a masked key is."""
 MEETING = 48
 """Streams of results that meet at one buffer, where their weights allow so few."""
+CHOSEN = "chosen"
+"""Scores of the chosen experts, each by an address of its own."""
+BY_ROW = ("h2", "e")
+"""What goes to experts, and what they give."""
+SLOT = "slot"
+"""The numbers of the experts in each slot, a word each row."""
 UNITS = float(1 << 23)
 """A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
 GELU_CUBIC = 0.044715
@@ -53,8 +62,8 @@ class Share:
 
     @property
     def inner(self) -> int:
-        """Columns of the MLP."""
-        return ceil_div(self.model.d_ff, self.sockets)
+        """Columns of the MLP, or of each expert's."""
+        return ceil_div(self.model.d_expert if self.model.experts else self.model.d_ff, self.sockets)
 
     @property
     def q_dim(self) -> int:
@@ -94,13 +103,16 @@ class Op:
     kind: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    slot: int | None = None
+    """In a mixture, which of a token's experts it belongs to: its weights are those of whichever was chosen."""
 
 
 def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False) -> list[Op]:
-    """The operators of a dense layer in order, from matrix `x` to matrix `z`.
+    """The operators of a layer in order, from matrix `x` to matrix `z`.
 
     With more than one socket what attention and MLP give is summed over all of them. The next `token`'s attention takes
-    the token's own values from `qkv`; that of a prompt takes all of them from the cache.
+    the token's own values from `qkv`; that of a prompt takes all of them from the cache. In a mixture of experts the
+    router gives a score for each, `r`; then come those that were chosen, slot by slot, and their weighted sum.
     """
     m = model
     inner = ("gate", "up") if m.gated_mlp else ("up",)
@@ -120,6 +132,13 @@ def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False
         ]
 
     def mlp(x: str) -> list[Op]:
+        if m.experts:
+            slots = range(m.experts_per_token)
+            return [
+                Op("router", "product", (x,), ("r",)),
+                *(op for i in slots for op in expert_operators(m, i, x)),
+                *summed(Op("mixture", "mixture", ("r", *(f"e.{i}" for i in slots)), ("w",))),
+            ]
         return [
             *(Op(name, "product", (x,), (f"{name}_out",)) for name in inner),
             Op("activation", "activation", tuple(f"{name}_out" for name in inner), ("f",)),
@@ -151,6 +170,17 @@ def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False
         Op("mlp_norm", "norm", ("y",), ("h2",)),
         *mlp("h2"),
         Op("mlp_add", "add", ("y", "w"), ("z",)),
+    ]
+
+
+def expert_operators(model: ModelConfig, slot: int = 0, x: str = "h2") -> list[Op]:
+    """The operators of the expert in a slot, from matrix `x` to matrix `e.<slot>`."""
+    inner = ("gate", "up") if model.gated_mlp else ("up",)
+    outs = tuple(f"{name}_out.{slot}" for name in inner)
+    return [
+        *(Op(f"{name}_{slot}", "product", (x,), (out,), slot) for name, out in zip(inner, outs, strict=True)),
+        Op(f"activation_{slot}", "activation", outs, (f"f.{slot}",), slot),
+        Op(f"down_{slot}", "product", (f"f.{slot}",), (f"e.{slot}",), slot),
     ]
 
 
@@ -225,8 +255,9 @@ class Rows:
             "f": s.inner,
             "gate_out": s.inner,
             "up_out": s.inner,
+            "r": m.experts,
         }
-        return known.get(tensor, m.d_model)
+        return known.get(tensor.split(".")[0], m.d_model)
 
     def parts(self, columns: int) -> int:
         """Equal ranges of a matrix's columns, so that a PMU holds the buffers of one."""
@@ -244,6 +275,11 @@ class Rows:
         out = []
         for i in range(parts):
             name = f"{tensor}.in{i}"
+            if self.by_row(tensor):
+                flow = self._rows("load", name, tensor, columns // parts, i * (columns // parts), columns)
+                flow = self.line.admitted(name, "load", flow)
+                out.append(self.line.turned(f"{name}.turned", "load", flow, to_rows=False))
+                continue
             offset = i * (columns // parts) * column
             flow = self.line.load(name, "load", tensor, columns // parts, offset=offset, row=columns * column)
             out.append(self.line.admitted(name, "load", flow))
@@ -258,6 +294,14 @@ class Rows:
                 if flow.merged or flow.each != flow.columns
                 else flow
             )
+            if self.by_row(tensor):
+                out = self.line.turned(f"{tensor}.turned{i}", "store", out, to_rows=True)
+                gates = self._rows(
+                    "store", f"{tensor}.store{i}", tensor, flow.columns, i * flow.columns, columns
+                )
+                for source, gate in zip(out.sources, gates.sources, strict=True):
+                    self.line.feed(source[0], gate[0])
+                continue
             self.line.store(
                 f"{tensor}.store{i}",
                 "store",
@@ -266,6 +310,24 @@ class Rows:
                 offset=i * flow.columns * column,
                 row=columns * column,
             )
+
+    def by_row(self, tensor: str) -> bool:
+        """Whether a matrix lies in memory row after row, so that the DMA can move single ones: those of experts."""
+        return self.model.experts > 0 and tensor.split(".")[0] in BY_ROW
+
+    def _rows(self, direction: str, name: str, tensor: str, columns: int, first: int, whole: int) -> Flow:
+        """Gates for columns from `first` on of a matrix that lies row after row, each of `whole` columns."""
+        line, lanes = self.line, self.p.lanes
+        names = []
+        for g in range(line.groups):
+            loops = [
+                (columns // lanes, lanes * BF16_BYTES), (lanes, whole * BF16_BYTES),
+                (line.blocks, line.groups * lanes * whole * BF16_BYTES),
+            ]  # fmt: skip
+            offset = (g * lanes * whole + first) * BF16_BYTES
+            names.append(line.gate(f"{name}.{g}", direction, direction, "hbm", tensor, offset, loops))
+        each = tuple((n,) for n in names)
+        return Flow(columns, each, columns, each)
 
     def _whole(self, matrix: Matrix) -> Flow:
         if len(matrix) > 1:
@@ -394,7 +456,8 @@ class Rows:
                 # Each product has its own copy of the rows, which it can hold back.
                 at = f"{name}.{o}.{i}"
                 r = line.read(f"{at}.x", name, part, [(part.columns, 1), (each, 0)])
-                w = line.weights(at, name, f"{at}.w", part.columns, each, units, self.tiles.gates)
+                tensor = f"{at}.w" if op.slot is None else f"{weights_of(op)}.{at}.w"
+                w = line.weights(at, name, tensor, part.columns, each, units, self.tiles.gates)
                 sums.append(line.product(at, name, r, part.columns, each, w, n, rounded=whole))
             if whole:
                 if self.share.sockets > 1 or op.writes[0] == "qkv":  # several read it: many streams end here
@@ -685,6 +748,27 @@ class Rows:
         ]  # fmt: skip
         return found[0], found[1]
 
+    def _mixture(self, op: Op) -> None:
+        """The experts' rows, weighted by a softmax over their own scores, which are found by the experts' numbers."""
+        line, name, experts = self.line, op.name, self.model.experts
+        r = self._whole(self.at[op.reads[0]])
+        scores = []
+        for i in range(len(op.reads) - 1):
+            number = line.load(f"{name}.{SLOT}.{i}", name, f"{SLOT}.{i}", 1, words=True)
+            own = line.read(f"{name}.r{i}", name, r, [(experts, 1)])
+            other = {"operation": "xor", "type": "int32", "a_from": "counter", "a": 0, "b": 1, "to": 5}
+            chosen = {"operation": "select", "type": "int32", "a_from": "constant", "b": 0, "c": 5, "to": 4}
+            scores.append(
+                line.simd(f"{name}.score{i}", name, [(own, 0), (number, 1)], [other, chosen], experts, result=4, fold="add")
+            )  # fmt: skip
+        shares = softmax(line, name, scores)
+        out = []
+        for i, flows in enumerate(zip(*(self.at[t] for t in op.reads[1:]), strict=True)):
+            n = flows[0].columns
+            reads = [line.read(f"{name}.{i}.x{k}", name, f, [(n, 1)]) for k, f in enumerate(flows)]
+            out.append(weighted(line, f"{name}.{i}", name, shares, reads, n))
+        self.at[op.writes[0]] = out
+
     def _reduce(self, op: Op) -> None:
         self.at[op.writes[0]] = [
             self.line.all_reduce(f"{op.name}{i}", op.name, flow, self.share.sockets)
@@ -740,9 +824,69 @@ def _activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any
 
 
 def _biased(model: ModelConfig, name: str) -> bool:
-    return {"qkv": model.qkv_bias, "attention_out": model.attention_out_bias, "lm_head": False}.get(
-        name, model.mlp_bias
-    )
+    return {
+        "qkv": model.qkv_bias,
+        "attention_out": model.attention_out_bias,
+        "lm_head": False,
+        "router": False,
+    }.get(name, model.mlp_bias)
+
+
+def softmax(line: Pipeline, name: str, scores: Sequence[Flow]) -> list[Flow]:
+    """The softmax over `scores`, a packet each of a block, of each lane by itself."""
+    width = line.p.vector_inputs
+
+    def joined(how: str, flows: Sequence[Flow]) -> Flow:
+        flows = list(flows)
+        level = 0
+        while len(flows) > 1:
+            flows = [
+                line.simd(
+                    f"{name}.{how}{level}.{i}", name, [(f, 0) for f in flows[i : i + width]],
+                    [stage(how, 0 if k == 1 else 4, k, 4) for k in range(1, len(flows[i : i + width]))]
+                    or [stage("pass", 0, 0, 4)], 1, result=4,
+                )
+                for i in range(0, len(flows), width)
+            ]  # fmt: skip
+            level += 1
+        return flows[0]
+
+    top = joined("maximum", scores)
+    powers = [
+        line.simd(f"{name}.exp{i}", name, [(s, 0), (top, 0)], [stage("subtract", 0, 1, 4)], 1, result=4, function="exp")
+        for i, s in enumerate(scores)
+    ]  # fmt: skip
+    inverse = line.simd(f"{name}.inverse", name, [(joined("add", powers), 0)], [], 1, function="reciprocal")
+    return [
+        line.simd(
+            f"{name}.share{i}", name, [(power, 0), (inverse, 0)], [stage("multiply", 0, 1, 4)], 1, result=4
+        )
+        for i, power in enumerate(powers)
+    ]
+
+
+def weighted(
+    line: Pipeline, name: str, tag: str, shares: Sequence[Flow], matrices: Sequence[Flow], columns: int
+) -> Flow:
+    """Matrices times `shares`, a packet each of a block, added up in order."""
+    total: list[tuple[Flow, int]] = []
+    for i, (share, matrix) in enumerate(zip(shares, matrices, strict=True)):
+        stages = [stage("multiply", 0, 1, 4), *([stage("add", 2, 4, 4)] if total else [])]
+        total = [
+            (
+                line.simd(
+                    f"{name}.{i}", tag, [(matrix, 0), (share, 1), *total], stages, columns, result=4,
+                    round=int(i == len(matrices) - 1),
+                ),
+                0,
+            )
+        ]  # fmt: skip
+    return total[0][0]
+
+
+def weights_of(op: Op) -> str:
+    """The tensor with an operator's weights: an expert's are apart, so that their place may follow from the choice."""
+    return "weights" if op.slot is None else f"expert.{op.slot}"
 
 
 def cached(
@@ -822,6 +966,7 @@ class Bank:
     depth: int
     strips: int
     units: int
+    tensor: str = "weights"
 
 
 class Vectors:
@@ -843,7 +988,8 @@ class Vectors:
     words : int
         Words of weights that a unit should hold: fewer mean more units.
     gates, cache_gates : int
-        Gates to memory for the weights, and each for the keys and for the values of a sequence.
+        Gates to memory for the weights, of each slot in a mixture, and each for the keys and for the values of a
+        sequence.
     passes : int
         Kernels that share the columns of the LM head.
     """
@@ -867,7 +1013,7 @@ class Vectors:
     def build(self, ops: Sequence[Op], keep: Iterable[str]) -> Pipeline:
         """All units and streams of `ops`; vectors named in `keep` go to memory."""
         for op in ops:
-            for t in op.reads:
+            for t in op.reads[op.kind == "mixture" :]:  # which takes the scores by address
                 if t not in self.at:
                     self.at[t] = self._load(t)
             getattr(self, f"_{op.kind}")(op)
@@ -884,8 +1030,12 @@ class Vectors:
         known = {
             "qkv": s.q_dim + 2 * s.kv_dim, "q": s.q_dim + s.kv_dim, "a": s.q_dim, "f": s.inner, "gate_out": s.inner,
             "up_out": s.inner, "logits": ceil_div(m.vocab, s.sockets * self.passes * self.p.lanes) * self.p.lanes,
+            "r": ceil_div(m.experts, self.p.lanes) * self.p.lanes,
         }  # fmt: skip
-        return known.get(tensor, m.d_model)
+        # What is summed over sockets is cut into slices of whole packets, one for each.
+        slices = s.sockets * self.p.lanes
+        known |= dict.fromkeys(("o", "o_part", "w", "w_part", "e"), ceil_div(m.d_model, slices) * slices)
+        return known.get(tensor.split(".")[0], m.d_model)
 
     def _load(self, tensor: str) -> Flow:
         return self.line.load(f"{tensor}.in", "load", tensor, self.columns(tensor) // self.p.lanes)
@@ -897,15 +1047,15 @@ class Vectors:
         )
 
     def _stream_weights(self) -> None:
-        shares: list[list[tuple[str, int, str]]] = [[] for _ in range(self.gates)]
-        at = 0
-        for bank in self.banks:
-            for j in range(bank.units):
-                unit = f"{bank.name}.{bank.part}.w{j}"
-                shares[at % self.gates].append((unit, bank.depth * bank.strips, bank.name))
-                at += 1
-        if at:
-            self.line.streamed("weights", "weights", "weights", [s for s in shares if s])
+        for tensor in dict.fromkeys(bank.tensor for bank in self.banks):
+            shares: list[list[tuple[str, int, str]]] = [[] for _ in range(self.gates)]
+            at = 0
+            for bank in self.banks:
+                for j in range(bank.units if bank.tensor == tensor else 0):
+                    unit = f"{bank.name}.{bank.part}.w{j}"
+                    shares[at % self.gates].append((unit, bank.depth * bank.strips, bank.name))
+                    at += 1
+            self.line.streamed(tensor, "weights", tensor, [s for s in shares if s])
 
     def _joined(self, n: int, how: str = "add", to: int = 4) -> list[dict[str, Any]]:
         if n == 1:
@@ -1002,7 +1152,7 @@ class Vectors:
         for i in range(parts):
             own = depth // parts
             r = line.read(f"{name}.x{i}", name, x, [(own, 1), (each, 0)], first=i * own, words=True)
-            self.banks.append(Bank(name, i, own, each, units))
+            self.banks.append(Bank(name, i, own, each, units, weights_of(op)))
             weights = [f"{name}.{i}.w{j}" for j in range(units)]
             sums.append(
                 line.vector_product(
@@ -1214,6 +1364,22 @@ class Vectors:
             for what in ("keys", "values")
         ]  # fmt: skip
         return found[0], found[1]
+
+    def _mixture(self, op: Op) -> None:
+        """The experts' vectors, weighted by a softmax over their own scores. Each is where its address says."""
+        line, name = self.line, op.name
+        n = self.columns(op.writes[0]) // self.p.lanes
+        row = self.columns("r") * BF16_BYTES
+        scores = []
+        for i in range(len(op.reads) - 1):
+            tensor = f"{CHOSEN}.{i}"
+            gates = [
+                line.gate(f"{name}.{tensor}.{g}", name, "load", "hbm", tensor, g * row, [(1, 0)], words=1)
+                for g in range(line.groups)
+            ]
+            scores.append(line.spread(f"{name}.{tensor}", name, Flow(1, tuple((u,) for u in gates), 1)))
+        vectors = [line.read(f"{name}.x{i}", name, self.at[t], [(n, 1)]) for i, t in enumerate(op.reads[1:])]
+        self.at[op.writes[0]] = weighted(line, name, name, softmax(line, name, scores), vectors, n)
 
     def _reduce(self, op: Op) -> None:
         self.at[op.writes[0]] = self.line.all_reduce(

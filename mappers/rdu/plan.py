@@ -237,8 +237,10 @@ def plan_vectors(
         capacity,
     ):
         try:
-            first = build(words, 1, cache_gates).line
-            gates = limits.agcu - first.count("agcu") + 1
+            built = build(words, 1, cache_gates)
+            first = built.line
+            tensors = max(1, len({bank.tensor for bank in built.banks}))
+            gates = (limits.agcu - first.count("agcu")) // tensors + 1
             if gates < 1 or first.count("pcu") > limits.pcu or first.count("pmu") > limits.pmu:
                 continue
             found = build(words, gates, cache_gates)

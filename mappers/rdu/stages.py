@@ -537,6 +537,44 @@ class Pipeline:
         packets = prod(c for c, _ in inner)
         return Flow(packets, tuple((n,) for n in names), packets, tuple((f"{n}.read",) for n in names))
 
+    def turned(self, name: str, tag: str, flow: Flow, *, to_rows: bool) -> Flow:
+        """Blocks turned round in double buffers: columns, a packet each, to rows of several packets, or back.
+
+        Both sides find their words in different banks: the buffer is a diagonal stripe.
+        """
+        lanes, n = self.p.lanes, flow.columns
+        row = 1 << (n - 1).bit_length()
+        size = lanes * row
+        if n % lanes or self.buffers * size > self.capacity:
+            raise UserError(
+                f"buffer {name}: {self.buffers} x {lanes} rows of {n} columns can't be turned round in a PMU of "
+                f"{self.capacity} words, by {lanes} columns at a time"
+            )
+        count = self.p.banks.bit_length() - 1
+        apart = self.buffers > 1 and lanes <= self.p.banks // 2
+        bits = {f"bank_bit{count - 1}": size.bit_length() - 1} if apart else {}
+        skew = min(count - apart, row.bit_length() - 1)
+        by_column, by_row = ([(n, 1)], row), ([(n // lanes, lanes), (lanes, row)], 1)
+        (write, write_lanes), (read, read_lanes) = (by_column, by_row) if to_rows else (by_row, by_column)
+        names = []
+        for g in range(self.groups):
+            unit = self.unit(
+                f"{name}.{g}", "pmu", tag, enable=3, words=self.buffers * size, **bits,
+                skew_bits=skew, skew_shift=row.bit_length() - 1,
+                **self.chain(name, "write_", [*write, *self._rounds(size)]), write_lane_stride=write_lanes,
+                **self.chain(name, "read_", [*read, *self._rounds(size)]), read_lane_stride=read_lanes,
+                write_wait_level=len(write), write_signal_level=len(write),
+                read_wait_level=len(read), read_signal_level=len(read),
+            )  # fmt: skip
+            names.append(unit)
+            self.work[unit] = self.blocks * n
+            self.need(f"{unit}.read", f"{unit}.write")
+            if self.blocks > 1:
+                for reader in flow.readers[g]:
+                    self.need(reader, f"{unit}.read", self.buffers)
+            self.feed(flow.sources[g][0], unit)
+        return Flow(n, tuple((u,) for u in names), n, tuple((f"{u}.read",) for u in names))
+
     def simd(
         self, name: str, tag: str, inputs: Sequence[tuple[Flow, int]], stages: Sequence[dict[str, Any]], packets: int,
         *, result: int = 0, columns: int | None = None, loops: Sequence[int] | None = None,
