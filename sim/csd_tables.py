@@ -6,7 +6,8 @@ for which a number for every slot, kept as pages are given, stands for all pages
 simulated is *placed*: the numbers of its pages are looked up.
 
 What time depends on of a page that is read is its die, plane and, where pages differ in type or planes work on equal pages
-only, its place in a block: its number modulo `unit`. Of pages that are programmed it is also where a block ends.
+only, its place in a block: its number modulo `unit`. Of pages that are programmed it is also where a block ends, unless dies
+have one plane: programs of a block wait for each other, but then those of a die do, too.
 """
 
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ class Rules(NamedTuple):
     planes: int  # of a channel
     unit: int  # what a page's number is modulo
     typed: bool  # whether programs of a block differ
+    ends: bool  # whether it matters where a block ends
 
 
 # ---- digests ------------------------------------------------------------------------------------------
@@ -241,9 +243,10 @@ def _logs(r, s, row, before, h):
     for c in range(r.channels):
         place = before[c] % r.block_pages
         h = _mix(h, place if r.typed else place % r.planes)
-        # Pages of one block may also be given by two commands that follow each other.
-        left = r.block_pages - place
-        h = _mix(h, left if place == 0 or left < s.taken[c] - before[c] else 0)
+        if r.ends:
+            # Pages of one block may also be given by two commands that follow each other.
+            left = r.block_pages - place
+            h = _mix(h, left if place == 0 or left < s.taken[c] - before[c] else 0)
     return h
 
 
@@ -359,7 +362,7 @@ class Tables:
         together = f.planes > 1 and f.multi_plane and f.same_page
         self._rules = Rules(
             f.channels, p.table_bits, f.blocks, t.block_pages, planes,
-            t.block_pages if typed or together else planes, typed or together,
+            t.block_pages if typed or together else planes, typed or together, typed or f.planes > 1,
         )  # fmt: skip
         shape = t.table.shape[0], p.slots
         self._state = State(
