@@ -247,8 +247,14 @@ def _steps(
 def row_hit_rate(counters: Mapping[str, int], banks: int) -> float | None:
     """1 - activates / column accesses, bank by bank; an all-bank command counts once for each bank.
 
-    None for a machine whose counters (`act`, `act_all`, `rd`, `wr`, `mac_all`) do not say it.
+    Where memories are named, it is that of those which opened rows: `hbm_activates` of `hbm_lines`, and so on. None for a
+    machine whose counters (`act`, `act_all`, `rd`, `wr`, `mac_all`) do not say it.
     """
+    named = [
+        name.removesuffix("_activates") for name, n in counters.items() if n and name.endswith("_activates")
+    ]
+    if named:
+        return 1 - sum(counters[f"{m}_activates"] for m in named) / sum(counters[f"{m}_lines"] for m in named)
     if "act" not in counters or "rd" not in counters or not banks:
         return None
     activates = counters["act"] + banks * counters.get("act_all", 0)

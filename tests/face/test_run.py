@@ -173,6 +173,10 @@ def test_row_hit_rate_by_hand():
     counters = {"act": 1, "act_all": 1, "rd": 1, "wr": 0, "mac_all": 64}
     assert row_hit_rate(counters, 4) == pytest.approx(1 - 5 / 257)
     assert row_hit_rate({"macs": 3}, 4) is None
+    # Ten lines of HBM in two rows; DDR, a port, opens none.
+    lines = {"hbm_lines": 10, "hbm_activates": 2, "ddr_lines": 30, "ddr_activates": 0}
+    assert row_hit_rate(lines, 0) == pytest.approx(0.8)
+    assert row_hit_rate({**lines, "hbm_activates": 0}, 0) is None
 
 
 @pytest.mark.parametrize(
