@@ -8,11 +8,15 @@ import pytest
 from tests.rdu import test_layer
 from tests.rdu.test_layer import half, machine
 from tilewright.arch import rdu
+from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
+from tilewright.arch.registry import load_spec
 from tilewright.arch.scenario import Scenario
 from tilewright.mappers.rdu import _Mapper, document_of, mixture
+from tilewright.mappers.rdu.layer import Share, Vectors
 from tilewright.mappers.rdu.stages import first_column
 from tilewright.workloads import rdu_layer as reference
+from tilewright.workloads.models import load_model
 from tilewright.workloads.rdu import blank_image, interpret
 
 CONTEXT, KEYS, EXPERTS = 12, 16, 4
@@ -204,3 +208,32 @@ def test_prompts(trace):
     got, expected, mapper = prompt(32, mapping)
     assert np.array_equal(got, expected)
     assert mapper.infos and any(info.op == "move rows" for info in mapper.infos)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"requests": [[[0, 1]]]}, r"mapping: requests\[0\] must be a list of the 2 layers, not 1"),
+        ({"requests": [[[0, 1], [2, 4]]]}, r"mapping: requests\[0\]\[1\] must list experts in 0..3, not 4"),
+        ({"requests": [[[0, 1], [2, 2]]]}, r"requests\[0\]\[1\] must list different experts, not \[2, 2\]"),
+        ({"requests": 3}, "mapping: requests must be a list of the 1 tokens, not 3"),
+    ],
+)
+def test_traces_are_checked(mapping, message):
+    with pytest.raises(UserError, match=message):
+        mixture.Trace.read(mapping, MODEL, 1, 0)
+
+
+def test_experts_give_way_by_use():
+    # Two regions: 0 and 1 are copied, 0 is there, 2 takes the place of 1, which was used before 0.
+    held = mixture.Residence([("token", 0, e) for e in range(3)], 2)
+    found = [held.use([("token", 0, e)]) for e in (0, 1, 0, 2, 0)]
+    assert [regions for regions, _ in found] == [[0], [1], [0], [1], [0]]
+    assert [len(places) for _, places in found] == [1, 1, 0, 1, 0]
+    assert (held.copies, held.uses) == (3, 5)
+
+
+def test_gpt2_xl_fits_eight_sockets():
+    # 100 packets of 16 columns are no eight equal slices: 104 are. 25 heads are four on each socket.
+    builder = Vectors(load_spec("sn40l-node").params(), Share(load_model("gpt2-xl"), 8))
+    assert [builder.columns(t) for t in ("x", "o_part", "o", "a")] == [1600, 1664, 1664, 256]

@@ -352,7 +352,7 @@ def remarks(rows: Mapping[str, Row]) -> list[str]:
     )
     for key, what in (("fusion_decode", "fusion"), ("hardware_decode", "launches by hardware")):
         values = ", ".join(f"{m} {v:.2g}x" for m, v in rows[key].ours.by_model.items())
-        lines.append(f"decoding, {what}: {values}. A model of Table III that is missing came to a deadlock")
+        lines.append(f"decoding, {what}: {values}. A model of Table III that is missing could not be run")
     lines.append(
         "without fusion our kernels use the whole socket, with operands in its memory; the paper's baseline is as "
         "unspecified as its launch costs. Rates of 70B and 405B are of speculative decoding, ours of a token a pass"
