@@ -17,12 +17,15 @@ import numba
 
 _CONFIG: Any = numba.config  # its attributes are set at run time, unseen by type checkers
 
-# Options of njit for small functions in an inner loop that take NamedTuples of arrays. They are inlined,
-# and without `_nrt` every call would count a reference up and down for each array of the tuple, which takes
-# ten times longer than the work. Such a function must not allocate, nor return an array.
-INNER: dict[str, Any] = {"cache": True, "forceinline": True, "_nrt": False}
-# The same for larger functions, which stay functions: inlining them everywhere would take minutes to compile.
-CALLED: dict[str, Any] = {"cache": True, "_nrt": False}
+# Options of njit for functions that take NamedTuples of arrays. Without `_nrt` every call would count a reference up
+# and down for each array of the tuple, which takes ten times longer than the work. Such a function must not allocate,
+# nor return an array.
+ENTRY: dict[str, Any] = {"cache": True, "_nrt": False}
+# For compiled code alone: to take a NamedTuple of arrays from Python is more code than most functions have, and half of
+# the time that all take to compile. Python that called one of these would crash; tests look for that.
+CALLED: dict[str, Any] = {**ENTRY, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Small functions in an inner loop are inlined; to inline larger ones everywhere would take minutes to compile.
+INNER: dict[str, Any] = {**CALLED, "forceinline": True}
 
 
 def cache_key(sources: Path) -> str:

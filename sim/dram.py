@@ -25,7 +25,7 @@ from tilewright.arch.dram import (
     load_dram_preset,
 )
 from tilewright.arch.errors import UserError
-from tilewright.sim.cache import INNER
+from tilewright.sim.cache import ENTRY, INNER
 
 NEVER = -(2**40)  # the tick of a command that has not been issued: older than any latency
 
@@ -55,7 +55,7 @@ def new_state(params: DramParams) -> DramState:
     )
 
 
-@njit(**INNER)
+@njit(**ENTRY, forceinline=True)
 def ready_tick(p, s, command, bank):
     """The earliest tick at which the constraints let `command` issue, 0 if none binds.
 
@@ -125,7 +125,7 @@ def _end_bank(p, command, bank):
     return p.n_banks
 
 
-@njit(**INNER)
+@njit(**ENTRY, forceinline=True)
 def legal_state(p, s, command, bank, row):
     """Whether the banks are in the state that `command` needs.
 
@@ -169,7 +169,7 @@ def _remember(last, node, command, depth, tick):
     last[node, command, 0] = tick
 
 
-@njit(**INNER)
+@njit(**ENTRY, forceinline=True)
 def record(p, s, command, bank, row, tick):
     """`command` issues at `tick`: enter it in the history of its nodes and move the open rows."""
     depth = p.cmd_history[command]

@@ -54,7 +54,7 @@ from numba import njit
 from tilewright.arch.errors import UserError
 from tilewright.arch.flash import DATA_OUT, ERASE, KINDS, PROGRAM, READ, Array, FlashParams
 from tilewright.arch.timeline import Timeline, fold_spans
-from tilewright.sim.cache import CALLED, INNER
+from tilewright.sim.cache import CALLED, ENTRY, INNER
 
 CAUSES = ("transfer", "suspended", "sibling", "bus", "array", "host", "idle")
 WAITING = ("transfer", "bus", "array", "host", "idle")
@@ -500,7 +500,7 @@ def _dispatch(p, s, channel, now):
     _account_channel(s, channel, now)
 
 
-@njit(**CALLED)
+@njit(**ENTRY)
 def _run(p, s):
     """All operations to their end; returns the tick after the last."""
     n = s.trace.shape[0]
@@ -538,7 +538,7 @@ def _run(p, s):
     return now
 
 
-@njit(**CALLED)
+@njit(**ENTRY)
 def _fill(p, s, ops, block, need, die_operations, channel_bytes):
     """Lay out the operations `ops` [n, 9] (fields of OPERATION) by list: a counting sort.
 
@@ -589,7 +589,7 @@ def _fill(p, s, ops, block, need, die_operations, channel_bytes):
 # ---- order and legality -------------------------------------------------------------------------------
 
 
-@njit(**CALLED)
+@njit(**ENTRY)
 def _resolve(kind, block, page, endurance, blocks, need, erases):
     """What each operation waits for in its block, into need [n]; returns the first illegal one and why.
 

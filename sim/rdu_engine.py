@@ -11,7 +11,7 @@ A pipeline is a queue of the ticks in which results come out; where it stands st
 import numpy as np
 from numba import njit
 
-from tilewright.sim.cache import CALLED, INNER
+from tilewright.sim.cache import CALLED, ENTRY, INNER
 from tilewright.sim.rdu_dram import first_taken, take
 from tilewright.sim.rdu_state import (
     ACTED,
@@ -479,7 +479,7 @@ def _add(planes, bank):
         k += 1
 
 
-@njit(**CALLED)
+@njit(**ENTRY)
 def fill_table(row, lane, bits, lanes, table):
     """Accesses at each bank for each address modulo the length of `table` uint64[rows, PLANES]."""
     for word in range(len(table)):

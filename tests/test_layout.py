@@ -306,3 +306,57 @@ def test_set_up_runs_as_a_plain_file_and_exits_with_2(tmp_path):
         [sys.executable, "-I", str(PACKAGE / "setup_check.py")], check=False, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def unseen(sources):
+    """(module, name) of each function that only compiled code may call."""
+    for name, module in sources.items():
+        for kernel in kernels(module):
+            options = {n.id for d in kernel.decorator_list for n in ast.walk(d) if isinstance(n, ast.Name)}
+            if options & {"INNER", "CALLED"}:
+                yield name, kernel.name
+
+
+def crashes(sources):
+    """(module, name) for each call of such a function by Python; `sources` are modules of sim/ by name."""
+    hidden = set(unseen(sources))
+    for name, module in sources.items():
+        functions = {n.name: (name, n.name) for n in module.body if isinstance(n, ast.FunctionDef)}
+        aliases = {}
+        for node in (n for n in module.body if isinstance(n, ast.ImportFrom)):
+            for a in node.names:
+                if node.module == "tilewright.sim":
+                    aliases[a.asname or a.name] = a.name
+                elif (node.module or "").startswith("tilewright.sim."):
+                    functions[a.asname or a.name] = (node.module.rpartition(".")[2], a.name)
+        inside = {n for kernel in kernels(module) for n in ast.walk(kernel)}
+        for call in (n for n in ast.walk(module) if isinstance(n, ast.Call) and n not in inside):
+            what = call.func
+            if isinstance(what, ast.Name) and functions.get(what.id) in hidden:
+                yield functions[what.id]
+            if isinstance(what, ast.Attribute) and isinstance(what.value, ast.Name):
+                target = aliases.get(what.value.id), what.attr
+                if target in hidden:
+                    yield target
+
+
+def test_python_calls_no_function_that_only_compiled_code_may_call():
+    # There is no wrapper that would take its arguments: Python would crash.
+    assert list(crashes({p.stem: ast.parse(p.read_text("utf-8")) for p in modules("sim")})) == []
+
+
+def test_the_check_of_calls_sees_one():
+    one = """
+from numba import njit
+from tilewright.sim.cache import CALLED, ENTRY, INNER
+@njit(**INNER)
+def inner(x): return x
+@njit(**CALLED)
+def part(x): return inner(x)
+@njit(**ENTRY)
+def entry(x): return part(x)
+def python(x): return entry(x) + part(x)
+"""
+    other = "from tilewright.sim import one as o\nfrom tilewright.sim.one import inner as i\nx = o.part(1) + o.entry(1)\ny = [i(2)]"
+    found = crashes({"one": ast.parse(one), "other": ast.parse(other)})
+    assert sorted(found) == [("one", "inner"), ("one", "part"), ("one", "part")]

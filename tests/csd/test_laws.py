@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.csd.units import small_spec
+from tests.inner import called
 from tilewright.arch.flash import READ
 from tilewright.sim import csd_flash
 
@@ -32,16 +33,16 @@ def last_tick(dies, command, read, transfer, pages, cached):
     assert (p.flash.read[0], p.flash.page_transfer, p.flash.command[READ, 1]) == (read, transfer, command)
     s = csd_flash.new_channels(p, 1, np.zeros((1, 1, 4), np.int64), 0, (1, 2, 3))
     for page in range(pages):
-        csd_flash.push(p, s, 0, READ, page, 0, 0, 0, 0, 0)
+        called(csd_flash.push)(p, s, 0, READ, page, 0, 0, 0, 0, 0)
     left, now = pages, 0
     while left:
         now = min(s.next[0], s.look[0])
         assert now < csd_flash.NEVER, "pages wait for ever"
         if s.look[0] == now:
-            csd_flash.step_rows(p, s, 0, now)
+            called(csd_flash.step_rows)(p, s, 0, now)
             left -= 1
         if s.next[0] == now:
-            csd_flash.step_channel(p, s, 0, now)
+            called(csd_flash.step_channel)(p, s, 0, now)
     return now - 1  # a page is dropped in the tick after it came
 
 

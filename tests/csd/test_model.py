@@ -7,6 +7,7 @@ from amaranth.sim import Simulator
 
 from tests.csd.test_channel import mixed, times
 from tests.csd.units import small_spec
+from tests.inner import called
 from tilewright.arch.csd import page_types
 from tilewright.arch.flash import ERASE, READ
 from tilewright.rtl.csd.controller import FlashController, PortSwitch
@@ -111,25 +112,25 @@ def play_model(spec, ops):
     s = csd_flash.new_channels(p, PORTS, activity, 0, (1, 2, 3))
     pushes, grants, now = [], [], 0
     working = [0] * p.flash.channels
-    while len(pushes) < len(ops) or any(csd_flash.held(s, c, now) for c in range(p.flash.channels)):
+    while len(pushes) < len(ops) or any(called(csd_flash.held)(s, c, now) for c in range(p.flash.channels)):
         for c in range(p.flash.channels):
-            working[c] += csd_flash.held(s, c, now) > 0
+            working[c] += called(csd_flash.held)(s, c, now) > 0
             if s.look[c] == now:
-                csd_flash.step_rows(p, s, c, now)
+                called(csd_flash.step_rows)(p, s, c, now)
             if s.next[c] == now:
-                csd_flash.step_channel(p, s, c, now)
+                called(csd_flash.step_channel)(p, s, c, now)
         for port in range(PORTS):
             if s.asking[port] and s.ports[port, 0] <= now:
-                csd_flash.grant(p, s, port, now)
+                called(csd_flash.grant)(p, s, port, now)
                 grants.append((now, port, (s.ports[port, 1] - 1) % p.flash.channels))
         if len(pushes) < len(ops):
             arrival, (channel, kind, *where, port, rows) = ops[len(pushes)]
-            if arrival <= now and csd_flash.held(s, channel, now) < p.flash_queue:
-                csd_flash.push(p, s, channel, kind, number(p, where), port, 2 * rows, 0, 0, now)
+            if arrival <= now and called(csd_flash.held)(s, channel, now) < p.flash_queue:
+                called(csd_flash.push)(p, s, channel, kind, number(p, where), port, 2 * rows, 0, 0, now)
                 pushes.append(now)
         now += 1
         assert now < LIMIT, "operations wait for ever"
-    csd_flash.finish_channels(s, now)
+    called(csd_flash.finish_channels)(s, now)
     assert (activity.sum(axis=(0, 2)) == now).all()
     return pushes, grants, activity[:, :, 0].sum(axis=0).tolist(), working
 

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.inner import called
 from tilewright.arch.dram import GDDR6, Command, Effect, Needs, Scope, evaluate, load_dram_preset
 from tilewright.arch.errors import UserError
+from tilewright.sim import dram as sim
 from tilewright.sim.dram import (
     DramChannel,
     IllegalCommand,
-    charge,
     legal_state,
     new_state,
     ready_tick,
@@ -114,7 +115,7 @@ def test_a_fifth_act_waits_for_the_window():
         assert not ch.probe("ACT", 1, 0, tick=fifth - 1)
         assert ch.probe("ACT", 1, 0, tick=fifth)
         stalls = np.zeros(7, np.int64)
-        charge(ch.params, ch.state, ACT, 1, 44, fifth, stalls)
+        called(sim.charge)(ch.params, ch.state, ACT, 1, 44, fifth, stalls)
         assert {GDDR6.causes[i]: n for i, n in enumerate(stalls) if n} == ({cause: 16} if cause else {})
         # The window slides: the sixth counts from the second, 11 + n_faw.
         ch.issue("ACT", 1, 0, tick=fifth)
@@ -205,12 +206,12 @@ def test_stalls_by_hand():
     ch.issue("ACT", 0, 0, tick=0)
     ch.issue("ACT", 4, 0, tick=11)
     stalls = np.zeros(7, np.int64)
-    charge(ch.params, ch.state, RD, 4, 12, 41, stalls)
+    called(sim.charge)(ch.params, ch.state, RD, 4, 12, 41, stalls)
     assert dict(zip(GDDR6.causes, stalls.tolist(), strict=True))["activate"] == 29 == stalls.sum()
     # PREpb of bank 0 at 60. ACT of bank 0 from 61: n_rp until 90, and n_rc (90) adds nothing after that.
     ch.issue("PREpb", 0, tick=60)
     stalls[:] = 0
-    charge(ch.params, ch.state, ACT, 0, 61, 90, stalls)
+    called(sim.charge)(ch.params, ch.state, ACT, 0, 61, 90, stalls)
     assert stalls.tolist() == [0, 29, 0, 0, 0, 0, 0]
 
 
@@ -244,7 +245,7 @@ def test_waterfall(history, command, bank, gap, length):
         return found
 
     stalls = np.zeros(7, np.int64)
-    charge(P, s, command, bank, start, start + length, stalls)
+    called(sim.charge)(P, s, command, bank, start, start + length, stalls)
     expected = np.zeros(7, np.int64)
     for t in range(start, start + length):
         causes = unmet(t)
@@ -255,7 +256,7 @@ def test_waterfall(history, command, bank, gap, length):
 
     ready = max(start, ready_tick(P, s, command, bank))
     stalls[:] = 0
-    charge(P, s, command, bank, start, ready, stalls)
+    called(sim.charge)(P, s, command, bank, start, ready, stalls)
     assert stalls.sum() == ready - start
     assert not unmet(ready) and (ready == start or unmet(ready - 1))
 

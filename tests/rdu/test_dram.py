@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.inner import called
 from tests.rdu.test_model import SETS, Sketch, spec_of
 from tests.rdu.units import simulate
 from tilewright.arch import rdu
@@ -15,9 +16,9 @@ from tilewright.arch.rdu import dynamic_flow
 from tilewright.arch.registry import load_spec
 from tilewright.arch.spec import apply_sets, build, load_tree
 from tilewright.rtl.rdu.banks import Banks
+from tilewright.sim import rdu_dram
 from tilewright.sim import rdu_state as state
 from tilewright.sim.rdu import execute
-from tilewright.sim.rdu_dram import first_taken, take
 
 LINKS = 3  # from an AGCU to its neighbour
 TICKS = {
@@ -58,9 +59,9 @@ class Controller:
 
     def column(self, line, t, write=0):
         """The tick of the column command of a request that comes in tick t."""
-        t = first_taken(self.m.dram[0], self.group, t)
+        t = called(rdu_dram.first_taken)(self.m.dram[0], self.group, t)
         self.agcu[state.STORE] = write
-        take(self.m, self.group, self.agcu, line, t)
+        called(rdu_dram.take)(self.m, self.group, self.agcu, line, t)
         return int(t + self.agcu[state.LATER] + self.m.dram[0, state.RCD])
 
     def events(self):
@@ -128,7 +129,13 @@ def test_a_refresh_closes_all_banks():
 def test_no_request_is_taken_as_a_refresh_falls_due():
     d = Controller({**TICKS, "refi": 100}).m.dram[0]
     group = Controller().group
-    assert [first_taken(d, group, t) for t in (0, 99, 100, 101, 200)] == [0, 99, 101, 101, 201]
+    assert [called(rdu_dram.first_taken)(d, group, t) for t in (0, 99, 100, 101, 200)] == [
+        0,
+        99,
+        101,
+        101,
+        201,
+    ]
 
 
 # ---- a kernel -----------------------------------------------------------------------------------------
@@ -187,7 +194,7 @@ def test_a_stream_runs_at_the_peak_less_refreshes(lines, base):
     t = 0
     for n in range(lines):
         last = c.column(base + n, t)
-        t = int(first_taken(c.m.dram[0], c.group, t)) + 1
+        t = int(called(rdu_dram.first_taken)(c.m.dram[0], c.group, t)) + 1
     lost = last - (ticks["rcd"] + lines - 1)
     refreshes = c.events()[2]
     start = 4 * ticks["rrd"] + ticks["ccd_l"]
@@ -245,7 +252,7 @@ def test_rtl_and_model_agree(ticks, more, requests):
     c, t, expected, asked = Controller(ticks), 0, [], []
     for wait, line, write in requests:
         asked.append((t + wait, line, write))
-        t = int(first_taken(c.m.dram[0], c.group, t + wait))
+        t = int(called(rdu_dram.first_taken)(c.m.dram[0], c.group, t + wait))
         expected.append((t, c.column(line, t, write)))
         t += 1
     assume(t < 4000)

@@ -7,14 +7,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.inner import called
 from tests.rdu.test_model import SETS, Sketch, random_sketch, spec_of
 from tilewright.arch import rdu
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import dynamic_flow
+from tilewright.sim import rdu_engine
 from tilewright.sim import rdu_state as state
 from tilewright.sim.rdu import execute
 from tilewright.sim.rdu_build import build
-from tilewright.sim.rdu_engine import tick
 from tilewright.sim.rdu_periods import run_kernel
 
 FEW = settings(deadline=None, max_examples=40)
@@ -116,7 +117,7 @@ def test_no_more_is_in_flight_than_there_are_credits(seed):
     m = build(p, random_sketch(p, seed), {}, fold=False).machine
     popped = [np.zeros(len(m.link), np.int64)] * p.credit  # of each link, before this tick and earlier ones
     for _ in range(150):
-        tick(m, p.banks.bit_length() - 1)
+        called(rdu_engine.tick)(m, p.banks.bit_length() - 1)
         m.clock[state.NOW] += 1
         pushed = m.link[:, state.PUSHES].copy()
         # A place is taken until its credit is back.
