@@ -96,7 +96,7 @@ def cycle_model(slug: str) -> Any:
 
     simulate = registry.room("sim", slug).simulate
     config: Any = numba.config  # its attributes are set at run time, unseen by type checkers
-    if not config.DISABLE_JIT and not any(Path(config.CACHE_DIR).rglob(f"{slug}.*.nbi")):
+    if not config.DISABLE_JIT and not any(Path(config.CACHE_DIR).rglob(f"{slug}[._]*.nbi")):
         say("compiling kernels (first use only)...")
     return simulate
 
