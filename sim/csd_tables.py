@@ -19,6 +19,7 @@ from tilewright.arch.csd import CsdParams
 from tilewright.arch.csd_pages import PageTables
 from tilewright.sim import csd_state
 from tilewright.sim.cache import CALLED, INNER
+from tilewright.sim.csd_state import channel_of
 
 Array = np.ndarray
 
@@ -151,13 +152,6 @@ def _gives(row):
     return _BY_TOKENS, 0, 0
 
 
-@njit(**INNER)
-def _channel(slot, position, channels):
-    """`arch.csd.channel_of`."""
-    pair = position >> 1
-    return (slot + pair + pair // channels + (position & 1) * (channels >> 1)) & (channels - 1)
-
-
 @njit(**CALLED)
 def _all_there(r, s, row, second):
     """Whether all pages that a command looks up are written and not erased."""
@@ -172,7 +166,7 @@ def _all_there(r, s, row, second):
             for i in range(n):
                 position = begin + step * i
                 number = np.int64(s.table[form, (slot << r.table_bits) + position]) - 1
-                if number < s.erased[_channel(slot, position, r.channels)] * r.block_pages:
+                if number < s.erased[channel_of(slot, position, r.channels)] * r.block_pages:
                     return False
     return True
 
@@ -191,7 +185,7 @@ def _has_room(r, s, row):
         wanted = 0
         for slot in range(row[_SLOT], row[_SLOT] + row[_HEADS]):
             for position in range(begin, begin + n):
-                wanted += _channel(slot, position, r.channels) == c
+                wanted += channel_of(slot, position, r.channels) == c
         if s.taken[c] + wanted > min((s.erased[c] + r.blocks) * r.block_pages, (1 << 32) - 1):
             return False
     return True
@@ -217,7 +211,7 @@ def _give(r, s, row):
     for slot in range(row[_SLOT], row[_SLOT] + row[_HEADS]):
         digest = s.digests[form, slot]
         for position in range(begin, begin + n):
-            c = _channel(slot, position, r.channels)
+            c = channel_of(slot, position, r.channels)
             entry = (slot << r.table_bits) + position
             before = np.int64(s.table[form, entry])
             if before > 0:
