@@ -60,6 +60,8 @@ TRIES = 4
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
 HOPELESS = 40
 """Links with which other seeds are not tried."""
+CROWDED = Fraction(5, 4)
+"""What a link may have to do, in its capacity, without that other seeds are tried."""
 PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
 TOLD = ("sections", "memory")  # what a document tells besides
 COMPOSITIONS = True
@@ -240,6 +242,14 @@ def _blocked(built: Built, line: Pipeline) -> int:
         return sum(s.source not in through for s in streams) > 1
 
     return sum(meet(streams) for streams in _shared(built))
+
+
+def _load(built: Built) -> Fraction:
+    """What the busiest overused link of the mesh has to do, in its capacity; 0 where none is."""
+    r, capacity = built.routing, built.fabric.capacity
+    return max(
+        (r.loads[n][link] / capacity for n in r.overused for link in r.overused[n]), default=Fraction(0)
+    )
 
 
 def _shared(built: Built) -> list[list[Stream]]:
@@ -659,11 +669,12 @@ class _Mapper:
         """Place and route a section.
 
         Where streams share links with some that wait for others, they may come to wait for one another. Other seeds are
-        tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted.
+        tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted. Other seeds are
+        tried, too, where a link has much more than its capacity.
         """
         start = time.monotonic()
         limits = self.limits
-        best: tuple[int, Choice, Built] | None = None
+        best: tuple[tuple[int, Fraction], Choice, Built] | None = None
         while True:
             for seed in range(self.document["seed"], self.document["seed"] + TRIES):
                 section = Section(self.p, f"{phase} {_name(choice)}")
@@ -673,12 +684,12 @@ class _Mapper:
                     built = section.build(seed=seed, moves=self.document["moves"] or None, at=at)
                 except UserError:  # more streams on a link than it has flows
                     continue
-                blocked = _blocked(built, choice.line)
-                if best is None or blocked < best[0]:
-                    best = blocked, choice, built
-                if blocked > HOPELESS or not blocked:
+                blocked, load = _blocked(built, choice.line), _load(built)
+                if best is None or (blocked, load) < best[0]:
+                    best = (blocked, load), choice, built
+                if blocked > HOPELESS or (not blocked and load <= CROWDED):
                     break
-            if smaller is None or (best is not None and not best[0]):
+            if smaller is None or (best is not None and not best[0][0]):
                 break
             limits = Limits(limits.pcu * 2 // 3, limits.pmu * 2 // 3, limits.agcu)
             fewer = smaller(limits)
@@ -689,7 +700,7 @@ class _Mapper:
             raise UserError(
                 f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
             )
-        blocked, choice, built = best
+        (blocked, _), choice, built = best
         self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start, blocked))
         return len(self.kernels) - 1
 

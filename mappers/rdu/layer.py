@@ -896,8 +896,9 @@ def cached(
     """Memory units with the "keys" or "values" of heads of `dim` elements: one for each head, and chunk of `width` tokens.
 
     They give strips of `strip` tokens, element after element, or strips of elements, token after token. The cache, whose
-    elements are `pitch` tokens apart, begins at `offset` bytes; `gates` gates to memory load it. There are `copies` of
-    each unit, one for each that reads it.
+    elements are `pitch` tokens apart, begins at `offset` bytes; at most `gates` gates to memory load it, each some heads,
+    or some chunks of one, unless more are needed for their addresses. There are `copies` of each unit, one for each that
+    reads it.
     """
     p = line.p
     keys = what == "keys"
@@ -907,38 +908,43 @@ def cached(
         raise UserError(f"{width} {what} of {dim} elements are {size} words; a PMU has {line.capacity}")
     tokens = width // p.lanes
     strips = (ceil_div(width if keys else dim, strip), strip)
+    most = (1 << ADDRESS_BITS) // size  # units that the addresses of a gate tell apart
+    # Units of a gate: some heads with all their chunks, or some chunks of one; as few as leave at most `gates` gates.
+    shapes = [(n, chunks) for n in range(1, heads + 1) if heads % n == 0]
+    shapes += [(1, n) for n in range(1, chunks) if chunks % n == 0]
+    shapes = sorted((s for s in shapes if s[0] * s[1] <= most), key=lambda s: s[0] * s[1])
+    step, span = next((s for s in shapes if heads * chunks <= s[0] * s[1] * gates), shapes[-1])
     if keys:
-        write = [(tokens, p.lanes), (dim, width), (chunks, size)]
+        write = [(tokens, p.lanes), (dim, width), (span, size)]
         fields = line.chain(name, "read_", [(dim, width), strips, (line.blocks, 0)])
     else:
-        write = [(tokens, p.lanes * row), (dim, 1), (chunks, size)]
+        write = [(tokens, p.lanes * row), (dim, 1), (span, size)]
         fields = line.chain(name, "read_", [(width, row), strips, (line.blocks, 0)])
         # Tokens are in different banks, too: a diagonal stripe.
         bits = min(p.banks.bit_length() - 1, row.bit_length() - 1)
         fields |= {"skew_bits": bits, "skew_shift": row.bit_length() - 1, "write_lane_stride": row}
-    step = ceil_div(heads, gates)
-    while heads % step or step * chunks * size > 1 << ADDRESS_BITS:
-        step -= 1
     head_bytes = dim * pitch * BF16_BYTES
     found = []
     resident = line.blocks > 1
     for h in range(heads):
-        if h % step == 0:
-            gate = line.gate(
-                f"{name}.{h}.load", tag, "load", "hbm", what, offset + h * head_bytes,
-                [
-                    (tokens, p.lanes * BF16_BYTES), (dim, pitch * BF16_BYTES), (chunks, width * BF16_BYTES),
-                    (step, head_bytes),
-                ],
-            )  # fmt: skip
         chunk = []
         for k in range(chunks):
-            low = (h % step * chunks + k) * size
+            first = h % step == 0 and k % span == 0
+            if first:
+                gate = line.gate(
+                    f"{name}.{h}.{k}.load", tag, "load", "hbm", what,
+                    offset + h * head_bytes + k * width * BF16_BYTES,
+                    [
+                        (tokens, p.lanes * BF16_BYTES), (dim, pitch * BF16_BYTES), (span, width * BF16_BYTES),
+                        (step, head_bytes),
+                    ],
+                )  # fmt: skip
+            low = (h % step * span + k % span) * size
             units = [f"{name}.{h}.{k}.{copy}" for copy in range(copies)]
             for unit in units:
                 line.unit(
                     unit, "pmu", tag, enable=3, low=low, words=size,
-                    **line.chain(name, "write_", [*write, (step, chunks * size)]), write_signal_level=LEVELS,
+                    **line.chain(name, "write_", [*write, (step, span * size)]), write_signal_level=LEVELS,
                     **fields, read_base=low, read_wait_level=LEVELS,
                 )  # fmt: skip
                 line.wire(f"{unit}.write", f"{unit}.read")
@@ -947,7 +953,7 @@ def cached(
                     line.filled.append(unit)
                 line.resting.add(unit)
                 line.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
-            if resident and h % step == 0 and k == 0:
+            if resident and first:
                 line.loads.append(units[0])
             chunk.append(units)
         found.append(chunk)
@@ -967,6 +973,22 @@ class Bank:
     strips: int
     units: int
     tensor: str = "weights"
+
+
+def shares_of(banks: Iterable[Bank], tensor: str, gates: int) -> list[list[tuple[Bank, int]]]:
+    """For each gate to the weights of a tensor what it fills, one after the other: a unit of a bank.
+
+    Operators come in their order, and each unit goes to the gate with the least so far: gates come to the weights of an
+    operator at about one time. Gates that fill nothing are left out.
+    """
+    out: list[list[tuple[Bank, int]]] = [[] for _ in range(gates)]
+    packets = [0] * gates
+    for bank in banks:
+        for j in range(bank.units if bank.tensor == tensor else 0):
+            i = packets.index(min(packets))
+            out[i].append((bank, j))
+            packets[i] += bank.depth * bank.strips
+    return [share for share in out if share]
 
 
 class Vectors:
@@ -1048,14 +1070,11 @@ class Vectors:
 
     def _stream_weights(self) -> None:
         for tensor in dict.fromkeys(bank.tensor for bank in self.banks):
-            shares: list[list[tuple[str, int, str]]] = [[] for _ in range(self.gates)]
-            at = 0
-            for bank in self.banks:
-                for j in range(bank.units if bank.tensor == tensor else 0):
-                    unit = f"{bank.name}.{bank.part}.w{j}"
-                    shares[at % self.gates].append((unit, bank.depth * bank.strips, bank.name))
-                    at += 1
-            self.line.streamed(tensor, "weights", tensor, [s for s in shares if s])
+            shares = [
+                [(f"{bank.name}.{bank.part}.w{j}", bank.depth * bank.strips, bank.name) for bank, j in share]
+                for share in shares_of(self.banks, tensor, self.gates)
+            ]
+            self.line.streamed(tensor, "weights", tensor, shares)
 
     def _joined(self, n: int, how: str = "add", to: int = 4) -> list[dict[str, Any]]:
         if n == 1:

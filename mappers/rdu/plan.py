@@ -227,7 +227,28 @@ def plan_vectors(
         out.build(ops, keep)
         return out
 
-    cache_gates = max(1, min(share.kv_heads, limits.agcu // 16 // batch))
+    def gates_of(least: Vectors) -> tuple[int, int]:
+        """Gates for the weights of each tensor, and for the keys, or the values, of a sequence; `least` has one of each.
+
+        What attention waits for should be there at one time: gates for weights are to those for the cache as the bytes
+        of the products before it to the cache's. But the weights that follow should keep the memory busy alone.
+        """
+        tensors = max(1, len({bank.tensor for bank in least.banks}))
+        room = limits.agcu - least.line.count("agcu") + tensors
+        if not attends:
+            return room // tensors, 1
+        before = {op.name for op in ops[: [op.kind for op in ops].index("attention")]}
+        weights = sum(b.units * b.depth * b.strips * p.lanes for b in least.banks if b.name in before)
+        cache = 2 * batch * share.kv_heads * keys * share.model.head_dim
+        hbm = TIERS.index("hbm")
+        busy = ceil_div(
+            2 * int(p.channels[hbm]) * int(p.rate_p[hbm]), int(p.rate_q[hbm])
+        )  # gates of a vector a tick
+        room += 2 * batch
+        most = max(room * cache // (cache + weights), limits.agcu // 8)
+        each = max(1, min(most, room - busy) // (2 * batch))
+        return (room - 2 * batch * each) // tensors, each
+
     for words in (
         capacity // 8,
         capacity // 4,
@@ -237,10 +258,9 @@ def plan_vectors(
         capacity,
     ):
         try:
-            built = build(words, 1, cache_gates)
-            first = built.line
-            tensors = max(1, len({bank.tensor for bank in built.banks}))
-            gates = (limits.agcu - first.count("agcu")) // tensors + 1
+            least = build(words, 1, 1)
+            first = least.line
+            gates, cache_gates = gates_of(least)
             if gates < 1 or first.count("pcu") > limits.pcu or first.count("pmu") > limits.pmu:
                 continue
             found = build(words, gates, cache_gates)

@@ -7,6 +7,7 @@ and the routes of their streams, and writes the records that configure the machi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tilewright.arch.isa import Record, Segment
 from tilewright.arch.rdu import INPUTS, LEVELS, MESH, NETWORKS, TOKENS, RduParams
 from tilewright.mappers.rdu.draw import draw
 from tilewright.mappers.rdu.fabric import LOCAL, Fabric
+from tilewright.mappers.rdu.gates import balanced
 from tilewright.mappers.rdu.netlist import Netlist, Sink, Stream, Unit
 from tilewright.mappers.rdu.place import Placement, place
 from tilewright.mappers.rdu.route import Routing, Turns, route
@@ -267,14 +269,24 @@ class Section:
             pinned[unit] = found[self._kinds[unit], x, y]
         half = None if time_limit_s is None else time_limit_s / 2
 
+        traffic = {name: self._traffic(name) for name in self.units("agcu")}
+        channels = self.params.channels.tolist()
+
         def find() -> tuple[Placement, Routing]:
             placed = place(netlist, fabric, seed=seed, moves=moves, pinned=pinned, seconds=half)
+            placed = balanced(netlist, fabric, placed, traffic, channels, pinned)
             return placed, route(netlist, fabric, placed, turns=turns, seconds=half)
 
-        known = repr((fabric, netlist, seed, moves, turns, sorted(pinned.items())))
+        known = repr((fabric, netlist, seed, moves, turns, sorted(pinned.items()), traffic, channels))
         placement, routing = remembered(known, find) if remember and half is None else find()
         records = self._records(fabric, placement, routing)
         return Built(self.name, netlist, fabric, placement, routing, records, self.tags)
+
+    def _traffic(self, gate: str) -> tuple[int, int]:
+        """The memory of a gate, and the bytes that it moves."""
+        f = self._fields[gate]
+        steps = prod(f[f"count{n}"] for n in range(LEVELS)) if f["direction"] else 0
+        return f["tier"], steps * f["words"] * rdu.ELEMENT_BYTES[f["format"]]
 
     def _records(self, fabric: Fabric, placement: Placement, routing: Routing) -> dict[str, np.ndarray]:
         tags = {tag: i for i, tag in enumerate(self.tags)}

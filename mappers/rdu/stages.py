@@ -862,10 +862,11 @@ class Pipeline:
                     raise UserError(
                         f"unit {unit}: {packets * lanes} words exceed the {self.capacity} of a PMU"
                     )
+                last = ceil_div(low + packets * lanes, step * lanes)  # step with any of its own
                 self.unit(
                     unit, "pmu", own, enable=3, low=low, words=packets * lanes,
                     **self.chain(unit, "write_", loops), write_signal_level=1,
-                    **self.chain(unit, "read_", loops), read_wait_level=1,
+                    **self.chain(unit, "read_", [loops[0], (last, step * lanes)]), read_wait_level=1,
                 )  # fmt: skip
                 self.wire(f"{unit}.write", f"{unit}.read")
                 self.resting.add(unit)
@@ -894,6 +895,7 @@ class Pipeline:
         # Where weights are still to come, the words for them wait on their way, on both networks.
         self.resting.update(unit for row in x.sources for unit in row)
         x = self.spread(f"{name}.x", tag, x)
+        self.resting.update(unit for row in x.sources for unit in row)
         sources = []
         for g in range(self.groups):
             row = []

@@ -16,7 +16,7 @@ from typing import TypeVar
 __all__ = ["remembered"]
 
 T = TypeVar("T")
-SOURCES = ("fabric.py", "kernels.py", "netlist.py", "place.py", "route.py")
+SOURCES = ("fabric.py", "gates.py", "kernels.py", "netlist.py", "place.py", "route.py")
 MOST = 200  # results kept, those used last
 
 

@@ -10,7 +10,7 @@ from tilewright.arch import rdu
 from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
-from tilewright.mappers.rdu.layer import Rows, Share, Tiles, Vectors, layer_operators, slope
+from tilewright.mappers.rdu.layer import Rows, Share, Tiles, Vectors, layer_operators, shares_of, slope
 from tilewright.mappers.rdu.plan import kept
 from tilewright.mappers.rdu.section import Section, segment
 from tilewright.mappers.rdu.stages import first_column
@@ -42,6 +42,22 @@ def machine(stages=8):
 def half(words):
     """bfloat16 words as the bytes that are off chip."""
     return np.ascontiguousarray((np.asarray(words) >> 16).astype(np.uint16)).view(np.uint8).ravel()
+
+
+def streamed(line, banks, gates, tensor, w, lanes):
+    """The bytes of a section's weights, `w` by operator, in the order in which its gates load them."""
+    held = []
+    for i, share in enumerate(shares_of(banks, tensor, gates)):
+        words = []
+        for bank, j in share:
+            own = w[bank.name][bank.part * bank.depth : (bank.part + 1) * bank.depth]
+            whole = np.pad(own, ((0, 0), (0, bank.units * bank.strips * lanes - own.shape[1])))
+            strips = whole.reshape(bank.depth, bank.units, bank.strips, lanes)[:, j]
+            words.append(strips.transpose(1, 0, 2).reshape(-1, lanes))
+        fields = line.units[f"{tensor}.load{i}"].fields
+        room = fields["count0"] * fields["count1"]
+        held.append(np.pad(np.concatenate(words), ((0, room - sum(map(len, words))), (0, 0))))
+    return half(np.concatenate(held))
 
 
 class Memory:
@@ -216,6 +232,7 @@ def token(
     chunks=1,
     words=1,
     gates=2,
+    cache_gates=1,
     spec=None,
     cuts=(),
     execute=None,
@@ -249,7 +266,15 @@ def token(
     builders = []
     for first, stop in pairwise(firsts):
         builder = Vectors(
-            p, Share(m), batch=batch, keys=keys, pitch=pitch, chunks=chunks, words=words, gates=gates
+            p,
+            Share(m),
+            batch=batch,
+            keys=keys,
+            pitch=pitch,
+            chunks=chunks,
+            words=words,
+            gates=gates,
+            cache_gates=cache_gates,
         )
         builder.build(ops[first:stop], kept(ops[first:stop], ops[stop:], ["z"]))
         builders.append(builder)
@@ -260,21 +285,7 @@ def token(
         if tensor != "weights":
             return np.zeros(line.extents[tensor], np.uint8)
         builder = next(b for b in builders if b.line is line)
-        shares, at = [[] for _ in range(gates)], 0
-        for bank in builder.banks:
-            own = w[bank.name][bank.part * bank.depth : (bank.part + 1) * bank.depth]
-            whole = np.pad(own, ((0, 0), (0, bank.units * bank.strips * lanes - own.shape[1])))
-            for part in np.split(whole, bank.units, axis=1):
-                shares[at % gates].append(
-                    part.reshape(bank.depth, bank.strips, lanes).transpose(1, 0, 2).reshape(-1, lanes)
-                )
-                at += 1
-        held = []
-        for i, share in enumerate(s for s in shares if s):
-            fields = line.units[f"weights.load{i}"].fields
-            words = np.concatenate(share)
-            held.append(np.pad(words, ((0, fields["count0"] * fields["count1"] - len(words)), (0, 0))))
-        return half(np.concatenate(held))
+        return streamed(line, builder.banks, gates, tensor, w, lanes)
 
     hbm = run(spec, [b.line for b in builders], memory, fill, execute, seed)
     got = hbm[memory.at["z"] :][: 2 * batch * d].view(np.uint16).reshape(batch, d)
@@ -303,6 +314,7 @@ def token(
     [
         ({}, {"context": 12, "keys": 16}),
         ({}, {"context": 9, "keys": 16, "batch": 2, "chunks": 2, "words": 256, "gates": 3}),
+        ({}, {"context": 31, "keys": 32, "chunks": 4, "cache_gates": 2}),
         ({"kv_heads": 2}, {"context": 0, "keys": 0}),
         ({}, {"context": 12, "keys": 16, "cuts": ("rotary", "attention", "attention_add", "activation")}),
         (GPT, {"context": 17, "keys": 24}),

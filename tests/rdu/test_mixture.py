@@ -36,25 +36,6 @@ def random_weights(rng):
     return w
 
 
-def streamed(choice, w, tensor, name_of, lanes):
-    """The bytes of a section's weights, in the order in which its gates load them."""
-    gates = choice.tiles["gates"]
-    shares, at = [[] for _ in range(gates)], 0
-    for bank in (b for b in choice.banks if b.tensor == tensor):
-        own = w[name_of(bank.name)][bank.part * bank.depth : (bank.part + 1) * bank.depth]
-        whole = np.pad(own, ((0, 0), (0, bank.units * bank.strips * lanes - own.shape[1])))
-        for part in np.split(whole, bank.units, axis=1):
-            strips = part.reshape(bank.depth, bank.strips, lanes).transpose(1, 0, 2)
-            shares[at % gates].append(strips.reshape(-1, lanes))
-            at += 1
-    held = []
-    for i, share in enumerate(s for s in shares if s):
-        fields = choice.line.units[f"{tensor}.load{i}"].fields
-        words = np.concatenate(share)
-        held.append(np.pad(words, ((0, fields["count0"] * fields["count1"] - len(words)), (0, 0))))
-    return half(np.concatenate(held))
-
-
 def step(mapping, batch=1, seed=0):
     """A step for `batch` sequences: (what the machine gives, what the reference gives), and the mapper."""
     spec = machine()
@@ -69,6 +50,9 @@ def step(mapping, batch=1, seed=0):
     past = reference.words(rng.normal(size=(m.layers, 2, batch, KEYS, m.kv_dim)) / 2)
     mask = reference.words(np.where(np.arange(KEYS) < CONTEXT, 0, reference.LOWEST))
     image = blank_image(p)
+
+    def weights(choice, tensor, w):
+        return test_layer.streamed(choice.line, choice.banks, choice.tiles["gates"], tensor, w, p.lanes)
 
     def put(at, data, tier="hbm"):
         image[tier][at : at + len(data)] = data
@@ -87,7 +71,7 @@ def step(mapping, batch=1, seed=0):
             if r.tensor in ("cos", "sin", "mask") and not r.offset:
                 put(at, half({"cos": cos, "sin": sin, "mask": mask}[r.tensor]))
             elif r.tensor == "weights" and not r.offset:
-                put(at, streamed(kernel.choice, w, "weights", str, p.lanes))
+                put(at, weights(kernel.choice, "weights", w))
             elif r.tensor.endswith(".gain"):
                 put(at, half(w[r.tensor]))
         for tensor in kernel.choice.line.extents:
@@ -95,9 +79,8 @@ def step(mapping, batch=1, seed=0):
                 continue
             slot = tensor.removeprefix("expert.")
             for e in range(EXPERTS):
-                own = streamed(
-                    kernel.choice, w, tensor, lambda n, s=slot, e=e: n.removesuffix(s) + str(e), p.lanes
-                )
+                named = {f"{name}_{slot}": w[f"{name}_{e}"] for name in ("up", "down", "gate")}
+                own = weights(kernel.choice, tensor, named)
                 number = mapper.residence.number[kernel.phase, launch.layer, e]
                 tier = "hbm" if mapper.residence.fixed else "ddr"
                 within = mapper._within[mapper._stored(kernel, tensor)]

@@ -4,6 +4,7 @@ import pytest
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import COUNTERS
+from tilewright.mappers.rdu.layer import cached
 from tilewright.mappers.rdu.section import Section
 from tilewright.mappers.rdu.stages import Pipeline, constant, first_column, stage
 from tilewright.sim.rdu import execute
@@ -126,6 +127,41 @@ def test_limits_are_named():
         p.all_reduce("sum", "t", p.load("y", "load", "y", 6), 4)
     with pytest.raises(ValueError, match="blocks must be even or 1, not 3"):
         line(blocks=3)
+
+
+def test_weights_are_read_no_further_than_they_reach():
+    # 400 packets, in steps of ceil(400 / 15) = 27: 15 of them. a's 200 end in step ceil(200 / 27) = 8.
+    p = line()
+    p.streamed("w", "t", "weights", [[("a", 200, "t"), ("b", 200, "t")]])
+    counts = {u: [p.units[u].fields[f"{s}_count1"] for s in ("write", "read")] for u in ("a", "b")}
+    assert counts == {"a": [15, 8], "b": [15, 15]}
+    assert p.units["a"].fields["read_count0"] == 27
+
+
+@pytest.mark.parametrize(
+    ("heads", "chunks", "gates", "expected"),
+    [
+        (4, 4, 1, 1),  # all heads
+        (4, 4, 3, 2),  # two heads each: three gates would not share them evenly
+        (4, 4, 4, 4),
+        (4, 4, 15, 8),  # two chunks of a head each
+        (4, 4, 16, 16),
+        (1, 6, 4, 3),
+    ],
+)
+def test_gates_share_the_cache(heads, chunks, gates, expected):
+    p = line()
+    units = cached(p, "keys", "t", "keys", heads, 8, 16, chunks, 16 * chunks, 0, PARAMS.lanes, gates)
+    names = {unit for row in units for chunk in row for unit in chunk}
+    assert len(names) == heads * chunks
+    found = [u for u in p.units if p.units[u].kind == "agcu"]
+    assert len(found) == expected
+    # Each gate fills its own units, by addresses that tell them apart.
+    for gate in found:
+        own = [unit for unit, _ in p.sinks[gate]]
+        assert len(own) == heads * chunks // expected
+        assert sorted(p.units[u].fields["low"] for u in own) == [16 * 8 * i for i in range(len(own))]
+        assert p.work[gate] == len(own) * 16 * 8 // PARAMS.lanes
 
 
 def test_a_load_never_waits_behind_what_it_holds_back():
