@@ -5,20 +5,25 @@ of its units, switches, links and channels, tick for tick. `sim.rdu_build` lays 
 `sim.rdu_engine` steps it, `sim.rdu_periods` leaps over what recurs.
 
 No timing depends on data, nor on addresses but for their place within a line, unless a memory's banks are timed: a kernel
-is a pure function of its configuration, then also of its arguments. With `fold` equal kernels are run once, links without a choice are joined, and where all state of a
-kernel recurs, its periods are taken in one step, as many as no counter ends in. The integers are the same without.
+is a pure function of its configuration, then also of its arguments. With `fold` equal kernels are run once, different ones
+on as many cores as there are, links without a choice are joined, and where all state of a kernel recurs, its periods are
+taken in one step, as many as no counter ends in. The integers are the same without.
 """
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from threading import Event
+from typing import Any, Self
 
 import numpy as np
 
 from tilewright.arch import rdu as arch
 from tilewright.arch.errors import UserError
-from tilewright.arch.isa import Program
+from tilewright.arch.isa import Program, Segment
 from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.arch.trace import LOG
@@ -73,9 +78,13 @@ def execute(
     return _run(build(p, records, args or {}, older=older, fold=fold), p, fold)
 
 
-def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
+def _run(
+    kernel: Kernel, p: arch.RduParams, fold: bool, stopped: Callable[[], bool] = lambda: False
+) -> Execution:
     m = kernel.machine
-    run_kernel(m, kernel.bits, fold)
+    run_kernel(m, kernel.bits, fold, stopped)
+    if stopped():
+        raise CancelledError
     _check(kernel, p)
     close(m)
     counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)
@@ -168,6 +177,100 @@ def _waiting(kernel: Kernel) -> list[str]:
     return list(dict.fromkeys(out))
 
 
+# ---- kernels of a program -----------------------------------------------------------------------------
+
+
+class _Loaded:
+    """What the units, switches and argument registers hold."""
+
+    def __init__(self) -> None:
+        self.section = -1
+        self.records: Mapping[str, np.ndarray] = {}
+        self.tables: dict[tuple[int, int, int, int, int], tuple[int, int]] = {}
+        self.args: dict[int, int] = {}
+        self.digests: dict[int, bytes] = {}
+        self.open: set[bytes] = set()  # sections that look up what others left in the tables
+
+    def load(self, section: int, regions: Mapping[str, np.ndarray]) -> int:
+        """A segment's configuration takes the place of the last one's. Returns its records."""
+        self.tables.update(switch_tables(self.records))
+        self.section = section
+        self.records = {r.region: regions[r.region] for r in arch.CONFIGS if r.region in regions}
+        if section not in self.digests:
+            h = hashlib.sha256()
+            for name, rows in self.records.items():
+                h.update(f"{name} {len(rows)} ".encode())
+                h.update(np.ascontiguousarray(rows).tobytes())
+            self.digests[section] = h.digest()
+        return sum(len(rows) for rows in self.records.values())
+
+    def argue(self, regions: Mapping[str, np.ndarray]) -> int:
+        """Argument registers are written. Returns how many."""
+        rows = regions.get("args", np.zeros(0, arch.ARGS.dtype))
+        self.args.update(zip(rows["index"].tolist(), rows["value"].tolist(), strict=True))
+        return len(rows)
+
+    def key(self, p: arch.RduParams) -> tuple:
+        """What a kernel of the present configuration depends on, but for tables that others left."""
+        digest = self.digests.get(self.section, b"")
+        line = p.lanes * arch.WORD_BITS // 8
+        gates = self.records.get("config.agcu", np.zeros(0, arch.CONFIG_AGCU.dtype))
+        places = tuple(
+            self.args.get(int(index), 0) % (1 << 60 if p.dram[int(tier), state.TIMED] else line)
+            for index, tier in zip(gates["argument"], gates["tier"], strict=True)
+        )
+        return digest, places
+
+    def execute(self, p: arch.RduParams, ahead: "_Ahead | None") -> Execution:
+        """What a kernel of the present configuration does; with `ahead` equal ones are run once, and folded."""
+        if ahead is None:
+            return execute(p, self.records, self.args, older=self.tables, fold=False)
+        key = self.key(p)
+        if key not in ahead.found:
+            return execute(p, self.records, self.args, older=self.tables)
+        out, own = ahead.found[key].result()
+        if not own:  # the next one may find other tables
+            del ahead.found[key]
+        return out
+
+
+class _Ahead:
+    """The kernels of a program, each run once, several at a time: none depends on when it is launched.
+
+    As a context manager, which stops those that still run.
+    """
+
+    def __init__(self, p: arch.RduParams, segments: Sequence[Segment]):
+        self.over = Event()
+        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self.found: dict[tuple, Future[tuple[Execution, bool]]] = {}
+        loaded = _Loaded()
+        for segment in segments:
+            for row in segment.regions.get("code", ()):
+                op, section = _OPS[int(row["op"])], int(row["section"])
+                if op == "KERNEL_EXECUTE":
+                    key = loaded.key(p)
+                    if key not in self.found:
+                        state = loaded.records, dict(loaded.args), dict(loaded.tables)
+                        self.found[key] = self.pool.submit(self._run, p, *state)
+                elif op == "PROGRAM_LOAD" and section < len(segments):
+                    loaded.load(section, segments[section].regions)
+                elif op == "ARGUMENT_LOAD" and section < len(segments):
+                    loaded.argue(segments[section].regions)
+
+    def _run(self, p: arch.RduParams, *state: Any) -> tuple[Execution, bool]:
+        records, args, older = state
+        kernel = build(p, records, args, older=older)
+        return _run(kernel, p, True, self.over.is_set), kernel.own
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.pool.shutdown(cancel_futures=True)
+
+
 # ---- the sequencer ------------------------------------------------------------------------------------
 
 
@@ -237,6 +340,19 @@ def simulate(
     and operation, and for a deadlock, naming the units that wait for one another.
     """
     segments = list(program.segments)
+    with _Ahead(p, segments) if fold else nullcontext() as ahead:
+        return _simulate(p, program, segments, ahead, progress, steps, trace)
+
+
+def _simulate(
+    p: arch.RduParams,
+    program: Program,
+    segments: Sequence[Segment],
+    ahead: _Ahead | None,
+    progress: Progress | None,
+    steps: int,
+    trace: int,
+) -> Timeline:
     regions = [segment.regions for segment in segments]
     highest = max(
         (int(r[f]["tag"].max(initial=-1)) for r in regions for f in r if "tag" in (r[f].dtype.names or ())),
@@ -247,7 +363,6 @@ def simulate(
     run.unit("sequencer")
     run.unit("dma")
     machine = _Loaded()
-    memo: dict[tuple, Execution] = {}
     spans: list[np.ndarray] = []
     logs: list[tuple[int, int, int, int, int, int]] = []
     inside = 0  # ticks of kernels so far
@@ -281,7 +396,7 @@ def simulate(
                 elif kernel:
                     run.charge(tag, _LAUNCH, _LAUNCH, p.host_launch if row["host"] else p.hardware_launch)
                     try:
-                        did = machine.execute(p, memo, fold)
+                        did = machine.execute(p, ahead)
                     except UserError as error:
                         raise UserError(f"{where}: {error}") from None
                     for unit, own, activity, busy, counts in zip(
@@ -333,55 +448,6 @@ def simulate(
         log=_log(logs) if trace else None,
         waiting=("operand", "token", "launch", "arrival", "pipeline", "idle"),
     )
-
-
-class _Loaded:
-    """What the units, switches and argument registers hold."""
-
-    def __init__(self) -> None:
-        self.section = -1
-        self.records: Mapping[str, np.ndarray] = {}
-        self.tables: dict[tuple[int, int, int, int, int], tuple[int, int]] = {}
-        self.args: dict[int, int] = {}
-        self.digests: dict[int, bytes] = {}
-        self.open: set[bytes] = set()  # sections that look up what others left in the tables
-
-    def load(self, section: int, regions: Mapping[str, np.ndarray]) -> int:
-        """A segment's configuration takes the place of the last one's. Returns its records."""
-        self.tables.update(switch_tables(self.records))
-        self.section = section
-        self.records = {r.region: regions[r.region] for r in arch.CONFIGS if r.region in regions}
-        if section not in self.digests:
-            h = hashlib.sha256()
-            for name, rows in self.records.items():
-                h.update(f"{name} {len(rows)} ".encode())
-                h.update(np.ascontiguousarray(rows).tobytes())
-            self.digests[section] = h.digest()
-        return sum(len(rows) for rows in self.records.values())
-
-    def argue(self, regions: Mapping[str, np.ndarray]) -> int:
-        """Argument registers are written. Returns how many."""
-        rows = regions.get("args", np.zeros(0, arch.ARGS.dtype))
-        self.args.update(zip(rows["index"].tolist(), rows["value"].tolist(), strict=True))
-        return len(rows)
-
-    def execute(self, p: arch.RduParams, memo: dict[tuple, Execution], fold: bool) -> Execution:
-        """What a kernel of the present configuration does; `memo` holds what others did."""
-        digest = self.digests.get(self.section, b"")
-        line = p.lanes * arch.WORD_BITS // 8
-        gates = self.records.get("config.agcu", np.zeros(0, arch.CONFIG_AGCU.dtype))
-        places = tuple(
-            self.args.get(int(index), 0) % (1 << 60 if p.dram[int(tier), state.TIMED] else line)
-            for index, tier in zip(gates["argument"], gates["tier"], strict=True)
-        )
-        key = (digest, places)
-        if fold and key in memo:
-            return memo[key]
-        kernel = build(p, self.records, self.args, older=self.tables, fold=fold)
-        out = _run(kernel, p, fold)
-        if kernel.own:
-            memo[key] = out
-        return out
 
 
 def _configured(regions: Mapping[str, np.ndarray]) -> list[str]:

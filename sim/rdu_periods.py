@@ -7,6 +7,8 @@ range; memory channels by the phase of their rate; sequence ids only where addre
 where a channel's banks are timed: rows and refreshes follow addresses and the time since the launch.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
@@ -309,11 +311,12 @@ _FIXED = (
     "tables",
     "dram",
 )
+AT_ONCE = 1 << 15  # ticks between two looks at whether to go on
 # What `advance` keeps between calls: ticks without anything scheduled, ticks simulated, the part compared last.
 ASLEEP, TICKS, PART, PROGRESS = range(4)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def advance(m, s, bits, progress, compare, until):
     """Tick by tick, until nothing is scheduled or something is wrong: 0; or until that many ticks were simulated: -1.
 
@@ -341,8 +344,8 @@ def advance(m, s, bits, progress, compare, until):
     return 0
 
 
-def run_kernel(m: Machine, bits: int, fold: bool) -> int:
-    """Until everything is quiet or something is wrong. Returns the ticks that were simulated.
+def run_kernel(m: Machine, bits: int, fold: bool, stopped: Callable[[], bool] = lambda: False) -> int:
+    """Until everything is quiet or something is wrong, or `stopped` says so. Returns the ticks that were simulated.
 
     With `fold` the state is compared in every tick with a snapshot that is renewed whenever twice as many ticks have
     passed (Brent's cycle detection).
@@ -350,12 +353,16 @@ def run_kernel(m: Machine, bits: int, fold: bool) -> int:
     fold = fold and not m.dram[m.group[:, TIER], TIMED].any()
     progress = np.zeros(PROGRESS, np.int64)
     began, span, kept = 0, 32, m
-    while times := advance(m, kept, bits, progress, kept is not m, began + span if fold else NEVER):
+    while not stopped():
+        renewed = began + span if fold else NEVER
+        times = advance(m, kept, bits, progress, kept is not m, min(renewed, int(progress[TICKS]) + AT_ONCE))
         _flush(m)
+        if times == 0:
+            break
         if times > 0:
             _leap(m, kept, times)
             began, span, kept = int(progress[TICKS]), 32, m
-        else:
+        elif progress[TICKS] >= renewed:
             kept = Machine(*(a if n in _FIXED else a.copy() for n, a in zip(Machine._fields, m, strict=True)))
             span *= 2
     return int(progress[TICKS])

@@ -1,5 +1,7 @@
 """Folding in space and time changes no integer."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,11 +10,13 @@ from hypothesis import strategies as st
 from tests.rdu.test_model import SETS, Sketch, launch, random_sketch, spec_of
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program, Segment
-from tilewright.arch.rdu import dynamic_flow
+from tilewright.arch.rdu import ISA, dynamic_flow
 from tilewright.sim import rdu_state as state
 from tilewright.sim.rdu import execute, simulate
 from tilewright.sim.rdu_build import build
-from tilewright.sim.rdu_periods import run_kernel
+from tilewright.sim.rdu_periods import AT_ONCE, run_kernel
+
+OPS = ("PROGRAM_LOAD", "ARGUMENT_LOAD", "KERNEL_EXECUTE")
 
 # A link of the last two moves less than a packet a tick: it is never joined with another.
 MACHINES = [
@@ -146,3 +150,42 @@ def test_equal_kernels_are_run_once():
     np.testing.assert_array_equal(plain.activity, folded.activity)
     np.testing.assert_array_equal(plain.counters, folded.counters)
     np.testing.assert_array_equal(plain.spans, folded.spans)
+
+
+def test_kernels_that_are_run_ahead_take_as_long():
+    # Three sections, the first again at the end: its tables of switches are then what all of them left.
+    p = PARAMS[0]
+    sections = [launch(random_sketch(p, seed)).segments[0] for seed in (0, 2, 5)]
+    code = ISA.record("code")
+    segments = [
+        Segment(s.regions | {"code": np.concatenate([code.make(op, section=i) for op in OPS])})
+        for i, s in enumerate(sections)
+    ]
+    last = Segment({"code": np.concatenate([code.make(op) for op in OPS])})
+    program = Program(ISA, [*segments, last], ())
+    plain, folded = (simulate(p, program, fold=fold) for fold in (False, True))
+    assert plain.ticks == folded.ticks
+    np.testing.assert_array_equal(plain.activity, folded.activity)
+    np.testing.assert_array_equal(plain.spans, folded.spans)
+
+
+def test_a_kernel_stops_when_told_to():
+    p = PARAMS[1]
+    asked = []
+
+    def stopped():
+        asked.append(None)
+        return len(asked) > 3
+
+    m = build(p, pipeline(p, 20_000), {}).machine
+    assert run_kernel(m, 3, False, stopped) == 3 * AT_ONCE
+    assert run_kernel(m, 3, False, lambda: True) == 0
+
+    # Interrupted in the first operation: no thread goes on.
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        simulate(p, launch(pipeline(p, 20)), progress=interrupt)
+    assert threading.active_count() == before

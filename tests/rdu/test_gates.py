@@ -61,7 +61,7 @@ def test_no_memory_suffers(moved, channels, random):
     assert len(set(found.sites.values())) == len(names)
 
     def squares(p):
-        out = 0
+        out = Fraction(0)
         for memory, count in enumerate(channels):
             total = sum(b for m, b in moved if m == memory) or 1
             at = numbers(fabric, p)
