@@ -9,7 +9,7 @@ kept element by element, the tokens side by side: [layer][keys, values][head][el
 keys as the array wants them (tokens side by side), and values by writing across its banks (elements side by side).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -23,7 +23,7 @@ from tilewright.workloads.models import ModelConfig
 
 __all__ = [
     "CHOSEN", "LOWEST", "SLOT", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached", "expert_operators",
-    "layer_operators",
+    "layer_operators", "summed",
 ]  # fmt: skip
 
 LOWEST = -1e30
@@ -38,6 +38,7 @@ SLOT = "slot"
 """The numbers of the experts in each slot, a word each row."""
 UNITS = float(1 << 23)
 """A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
+QUICK_GELU = 1.702
 GELU_CUBIC = 0.044715
 GELU_SCALE = float(2 * np.sqrt(2 / np.pi))
 Matrix = list[Flow]
@@ -107,6 +108,14 @@ class Op:
     """In a mixture, which of a token's experts it belongs to: its weights are those of whichever was chosen."""
 
 
+def summed(op: Op, sockets: int) -> list[Op]:
+    """An operator whose result is a sum over sockets."""
+    if sockets == 1:
+        return [op]
+    part = f"{op.writes[0]}_part"
+    return [replace(op, writes=(part,)), Op(f"{op.name}_reduce", "reduce", (part,), op.writes)]
+
+
 def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False) -> list[Op]:
     """The operators of a layer in order, from matrix `x` to matrix `z`.
 
@@ -117,18 +126,12 @@ def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False
     m = model
     inner = ("gate", "up") if m.gated_mlp else ("up",)
 
-    def summed(op: Op) -> list[Op]:
-        if sockets == 1:
-            return [op]
-        part = f"{op.writes[0]}_part"
-        return [replace(op, writes=(part,)), Op(f"{op.name}_reduce", "reduce", (part,), op.writes)]
-
     def attention(x: str) -> list[Op]:
         return [
             Op("qkv", "product", (x,), ("qkv",)),
             Op("rotary", "positions", ("qkv",), ("q",)),
             Op("attention", "attention", ("q", "qkv") if token else ("q",), ("a",)),
-            *summed(Op("attention_out", "product", ("a",), ("o",))),
+            *summed(Op("attention_out", "product", ("a",), ("o",)), sockets),
         ]
 
     def mlp(x: str) -> list[Op]:
@@ -137,12 +140,12 @@ def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False
             return [
                 Op("router", "product", (x,), ("r",)),
                 *(op for i in slots for op in expert_operators(m, i, x)),
-                *summed(Op("mixture", "mixture", ("r", *(f"e.{i}" for i in slots)), ("w",))),
+                *summed(Op("mixture", "mixture", ("r", *(f"e.{i}" for i in slots)), ("w",)), sockets),
             ]
         return [
             *(Op(name, "product", (x,), (f"{name}_out",)) for name in inner),
             Op("activation", "activation", tuple(f"{name}_out" for name in inner), ("f",)),
-            *summed(Op("down", "product", ("f",), ("w",))),
+            *summed(Op("down", "product", ("f",), ("w",)), sockets),
         ]
 
     if m.parallel_attention:
@@ -206,6 +209,10 @@ class Rows:
         Tokens that are attended to, and tokens that the cache has room for.
     context : int
         Tokens before the first row; a multiple of the lanes.
+    attended : int
+        Of an encoder: tokens that there are, the rest of the keys is padding; by default all keys.
+    widths : dict of int
+        Columns of matrices that are not what `columns` says.
     """
 
     def __init__(
@@ -218,8 +225,11 @@ class Rows:
         pitch: int = 0,
         context: int = 0,
         window: int | None = None,
+        attended: int | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> None:
         self.p, self.share, self.model, self.tiles = params, share, share.model, tiles
+        self.attended, self.widths = attended or keys, widths or {}
         self.keys, self.pitch, self.context, self.window = keys, pitch or keys, context, window
         self.line = Pipeline(params, groups=tiles.groups, blocks=tiles.blocks)
         self.at: dict[str, Matrix] = {}
@@ -257,7 +267,7 @@ class Rows:
             "up_out": s.inner,
             "r": m.experts,
         }
-        return known.get(tensor.split(".")[0], m.d_model)
+        return {**known, **self.widths}.get(tensor.split(".")[0], m.d_model)
 
     def parts(self, columns: int) -> int:
         """Equal ranges of a matrix's columns, so that a PMU holds the buffers of one."""
@@ -674,7 +684,7 @@ class Rows:
                 "type": "int32",
                 "a": 5,
                 "b_from": "constant",
-                "constant": self.keys,
+                "constant": self.attended,
                 "c": 0,
                 "to": 6,
             }
@@ -806,6 +816,10 @@ def _activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any
     gate = [stage("multiply", 0, 1, 5)] if gated else [stage("pass", 0, 0, 5)]
     if activation == "silu":
         return gate, {"result": 0, "function": "sigmoid", "gated": 1, "gate": 5}
+    if activation == "quick_gelu":
+        return [*gate, stage("multiply", 0, QUICK_GELU, 4)], {
+            "result": 4, "function": "sigmoid", "gated": 1, "gate": 5,
+        }  # fmt: skip
     if activation in ("gelu", "gelu_tanh"):  # (1 + tanh(z)) / 2 = sigmoid(2 z)
         return [
             *gate,
@@ -829,6 +843,7 @@ def _biased(model: ModelConfig, name: str) -> bool:
         "attention_out": model.attention_out_bias,
         "lm_head": False,
         "router": False,
+        "patches": False,
     }.get(name, model.mlp_bias)
 
 

@@ -4,9 +4,10 @@ A section is built for a choice of tiles, counted, and its busiest unit found; n
 For products, which take most units, shares come from `allocate`: the least interval that the rest of the units allows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import TIERS, RduParams
@@ -98,9 +99,16 @@ def _round_even(n: int) -> int:
 
 def plan_rows(
     p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, *, rows: int, keys: int,
-    pitch: int, context: int, window: int | None, groups: int | None = None,
+    pitch: int, context: int, window: int | None, groups: int | None = None, attended: int | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> Choice | None:  # fmt: skip
     """The tiles with which a section over `rows` rows takes the fewest ticks; None if it fits with none."""
+
+    def make(tiles: Tiles, keys: int) -> Rows:
+        return Rows(
+            p, share, tiles, keys=keys, pitch=pitch, context=context, window=window, attended=attended, widths=widths
+        )  # fmt: skip
+
     found: list[Choice] = []
     names = {op.name for op in ops}
     words = p.banks * p.bank_words
@@ -115,7 +123,7 @@ def plan_rows(
             if padded > pitch:
                 continue
             tiles = Tiles(groups=g, blocks=blocks, units={}, chunks=chunks)
-            choice = _fill(p, share, ops, keep, limits, tiles, padded, pitch, context, window)
+            choice = _fill(p, share, ops, keep, limits, tiles, partial(make, keys=padded))
             if choice is not None:
                 found.append(choice)
     if not found:
@@ -127,15 +135,15 @@ def plan_rows(
 
 
 def _fill(
-    p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, tiles: Tiles, keys: int,
-    pitch: int, context: int, window: int | None,
+    p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, tiles: Tiles,
+    make: Callable[[Tiles], Rows],
 ) -> Choice | None:  # fmt: skip
     """A section whose products take what the other stages leave."""
 
     def build(t: Tiles) -> Pipeline:
-        return Rows(p, share, t, keys=keys, pitch=pitch, context=context, window=window).build(ops, keep)
+        return make(t).build(ops, keep)
 
-    rows = Rows(p, share, tiles)
+    rows = make(tiles)
     demands, gates = [], 0
     for op in ops:
         if op.kind != "product":
@@ -191,7 +199,7 @@ def _fill(
     units = {d.name: tiles.units[d.name] for d in demands}
     return Choice(
         tuple(ops), tuple(keep), line,
-        {"groups": tiles.groups, "blocks": tiles.blocks, "chunks": tiles.chunks, "keys": keys, "units": units},
+        {"groups": tiles.groups, "blocks": tiles.blocks, "chunks": tiles.chunks, "keys": rows.keys, "units": units},
     )  # fmt: skip
 
 

@@ -135,6 +135,8 @@ class Pipeline:
         self.p, self.groups, self.blocks = params, groups, blocks
         self.capacity = params.banks * params.bank_words
         self.buffers = 2 if blocks > 1 else 1
+        self.prefix = ""
+        """Of the tags in a section, so that the same operators of other models are told apart."""
         self.units: dict[str, _Unit] = {}
         self.sinks: dict[str, list[tuple[str, int]]] = {}
         self.networks: dict[str, str] = {}
@@ -930,7 +932,7 @@ class Pipeline:
         least = 2 * LEAST if self.loading else LEAST  # seen beside weights, which leave loads some room
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
-            getattr(section, u.kind)(name, tag=u.tag, **fields)
+            getattr(section, u.kind)(name, tag=self.prefix + u.tag, **fields)
         for source, sinks in self.sinks.items():
             # However rare a stream is, it counts beside one that claims the link.
             rate = min(Fraction(1), max(least, Fraction(self.packets(source), max(1, most))))
