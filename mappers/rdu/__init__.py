@@ -27,7 +27,7 @@ from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import CODE, ISA, TIERS, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
-from tilewright.mappers.rdu import mixture, vision
+from tilewright.mappers.rdu import mixture, train, vision
 from tilewright.mappers.rdu.coe import copy_ticks, map_composition
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.netlist import Stream
@@ -64,6 +64,7 @@ PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order
 TOLD = ("sections", "memory")  # what a document tells besides
 COMPOSITIONS = True
 IMAGES = True
+TRAINS = True
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
     *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f"),
@@ -181,7 +182,7 @@ def _map_one(
 ) -> Mapped:
     """The program of one model. `apart`: each phase (prompt, tokens) has weights of its own, in its order."""
     notes = []
-    total = scenario.context + scenario.prompt + scenario.generate
+    total = scenario.context + scenario.prompt + scenario.generate + scenario.train
     if model.position == "rotary" and model.positions is not None and total > model.positions:
         # There is an angle for every position: it is the training that ends there, not the model.
         notes.append(
@@ -194,7 +195,9 @@ def _map_one(
     mapper.notes += notes
     mapper.plan()
     others = {"unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"}}
-    if not scenario.prompt:  # whose kernels are long beside any launch, and take long to simulate
+    if (
+        scenario.generate and not scenario.prompt
+    ):  # whose kernels are long beside any launch, and take long to simulate
         other = "host" if mapper.document["orchestration"] == "hardware" else "hardware"
         others["unfused, hardware"] = {**others["unfused"], "orchestration": "hardware"}
         others[other] = {"orchestration": other}
@@ -333,6 +336,8 @@ class _Mapper:
             decode_step(m, context=total - 1, batch=s.batch)
         self.pitch = self._room(max(total, s.context + s.prompt + self.document["granule"]))
         step = 0
+        if s.train:
+            self._train(step)
         if s.prompt:
             self._prompt(step)
             step += 1
@@ -500,6 +505,68 @@ class _Mapper:
                 if r.tensor.startswith(SLOT)
             }
             self.launches.append(Launch(k, self._tag(k, layer), step, layer, where=where))
+
+    def _train(self, step: int) -> None:
+        """A step of training: forward through all layers, backward through them, and the optimizer on each one's weights."""
+        s, m, p = self.scenario, self.model, self.p
+        train.check(m)
+        if s.batch > 1:
+            raise UserError(
+                f"--batch must be 1 with --train, not {s.batch}: gradients are those of one sequence"
+            )
+        if s.train % (2 * p.lanes):
+            raise UserError(f"--train must be a multiple of {2 * p.lanes}, twice the lanes, not {s.train}")
+        prefill(m, prompt=s.train)
+        self.limits = self._limits(PROMPT_PERCENT)
+        self.pitch = s.train
+        sockets = self.share.sockets
+        gradients, names = train.weight_gradients(m), train.parameters(m)
+
+        def plan(
+            some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits, rows: int = s.train
+        ) -> Choice | None:
+            return plan_rows(
+                p, self.share, some, keep, limits, rows=rows, keys=s.train, pitch=s.train, context=0, window=None,
+                groups=self.document["groups"] or None, attended=s.train, builder=train.Training,
+            )  # fmt: skip
+
+        def kernels(
+            some: Sequence[Op], later: Sequence[Op], result: Sequence[str] = (), rows: int = s.train
+        ) -> list[int]:
+            own = partial(plan, rows=rows)
+            return [
+                self._kernel(train.PHASE, choice, partial(own, choice.ops, choice.keep))
+                for choice in self._cut(some, kept(some, later, result), own, "a step of training")
+            ]
+
+        ops = train.forward(m, sockets)
+        groups = train.backward(m, sockets)
+        first = [op.kind for op in ops].index("attention")
+        saved = (*train.SAVED, "z")
+        forth = kernels(ops[:first], ops[first:], saved) + kernels(ops[first:], [], saved)
+        back = []
+        for i, some in enumerate(groups):
+            back += kernels(some, [op for later in groups[i + 1 :] for op in later] + gradients, ["dx"])
+        for op in gradients:
+            rows = train.shape(self.share, op.writes[0].split(".")[0], p.lanes)[0]
+            if op.kind == "column_sum":
+                back += kernels([op], [], (), m.d_model * p.lanes)
+            else:
+                back += kernels([op], [], op.writes, rows)
+        for name in names:
+            rows = train.shape(self.share, name, p.lanes)[0]
+            result = [f"{name}.{t}" for t in ("first.new", "second.new", "master.new", "copy")]
+            back += kernels(train.optimizer(name), [], result, rows)
+        self._embed(step, s.train)
+        for layer in range(m.layers):
+            self.launches += [Launch(k, self._tag(k, layer), step, layer) for k in forth]
+        for layer in reversed(range(m.layers)):
+            self.launches += [Launch(k, self._tag(k, layer), step, layer) for k in back]
+        self.assumed.append(
+            "a step is that of the layers: the gradient of what the last one gives is there, without LM head and loss; "
+            "the embedding's is not followed further"
+        )
+        self.assumed.append("AdamW keeps weights and both moments in float32; gradients are bfloat16")
 
     def _token(self, step: int, i: int) -> None:
         s, m, p = self.scenario, self.model, self.p
@@ -737,7 +804,7 @@ class _Mapper:
         tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted.
         """
         start = time.monotonic()
-        rows = phase in ("prompt", vision.PHASE)
+        rows = phase in ("prompt", vision.PHASE, train.PHASE)
         own = f"{phase}_" if phase == vision.PHASE else ""
         limits = self.limits
         best: tuple[int, Choice, Built] | None = None
@@ -811,6 +878,8 @@ class _Mapper:
         """The part of the memory that a tensor belongs to, its key there, and its bytes."""
         size = kernel.choice.line.extents[tensor]
         tier = kernel.choice.line.tiers[tensor]
+        if kernel.phase == train.PHASE:
+            return *train.place(tensor, layer), size
         if kernel.phase == vision.PHASE:
             if tensor in ("x", "z"):  # the kernels before the first layer have number -1
                 return "rows", ("rows", f"vision {'xz'[(layer + (tensor == 'z')) % 2]}", -1), self._widest

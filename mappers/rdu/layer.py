@@ -18,6 +18,7 @@ import numpy as np
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import ADDRESS_BITS, LEVELS, RduParams
+from tilewright.mappers.rdu.allocate import Demand
 from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 from tilewright.workloads.models import ModelConfig
 
@@ -234,6 +235,43 @@ class Rows:
         self.line = Pipeline(params, groups=tiles.groups, blocks=tiles.blocks)
         self.at: dict[str, Matrix] = {}
 
+    DIRECT: tuple[str, ...] = ()
+    """Kinds of operators that load what they read themselves."""
+
+    def words(self, tensor: str) -> bool:
+        """Whether a matrix is float32 off chip."""
+        return False
+
+    def demand(self, op: Op) -> tuple[Demand, int] | None:
+        """Units that a product needs, and their gates; None for other operators. Raises UserError where none suffice."""
+        if op.kind != "product":
+            return None
+        depth, columns = self.columns(op.reads[0]), self.columns(op.writes[0])
+        parts = 1 if op.reads[0] == "a" else self.parts(depth)
+        outs = 1 if op.writes[0] == "qkv" else self.parts(columns)
+        return self._demand(op.name, depth // parts, ceil_div(columns // outs, self.p.stages), outs * parts)
+
+    def _demand(self, name: str, depth: int, strips: int, pieces: int, grain: int = 1) -> tuple[Demand, int]:
+        """Each of `pieces` products of `depth` has `strips` of `grain` strips."""
+        most = self.held(depth, grain)  # that a PMU holds
+        if not most:
+            raise UserError(f"{name}: {depth} rows of {self.p.stages * grain} columns are too many for a PMU")
+        least = ceil_div(strips, most)
+        return Demand(
+            name, "pcu", strips * pieces, depth * grain * self.tiles.blocks, least=least * pieces,
+            most=min(strips, max(least, MEETING)) * pieces,
+        ), pieces  # fmt: skip
+
+    def held(self, depth: int, grain: int = 1) -> int:
+        """Strips of a product's weights, `grain` at a time, that a memory unit holds."""
+        return self.line.capacity // (depth * self.p.stages * grain)
+
+    def split(self, name: str, strips: int, pieces: int) -> tuple[int, int]:
+        """Strips of a unit, and units, of one of a product's pieces."""
+        units = max(1, min(strips, ceil_div(self.tiles.units.get(name, 1), pieces)))
+        each = ceil_div(strips, units)
+        return each, ceil_div(strips, each)
+
     def build(self, ops: Sequence[Op], keep: Iterable[str], layer: str = "") -> Pipeline:
         """All units and streams of `ops`; matrices named in `keep` go to memory."""
         written = {t for op in ops for t in op.writes}
@@ -242,7 +280,7 @@ class Rows:
             for t in op.reads:
                 readers.setdefault(t, []).append(i)
         for op in ops:
-            for t in op.reads:
+            for t in op.reads if op.kind not in self.DIRECT else ():
                 if t not in self.at:
                     if t in written:
                         raise UserError(f"operator {op.name} reads {t} before it is written")
@@ -291,7 +329,11 @@ class Rows:
                 out.append(self.line.turned(f"{name}.turned", "load", flow, to_rows=False))
                 continue
             offset = i * (columns // parts) * column
-            flow = self.line.load(name, "load", tensor, columns // parts, offset=offset, row=columns * column)
+            words = self.words(tensor)
+            flow = self.line.load(
+                name, "load", tensor, columns // parts, offset=offset * (1 + words),
+                row=columns * column * (1 + words), words=words,
+            )  # fmt: skip
             out.append(self.line.admitted(name, "load", flow))
         return out
 
@@ -317,8 +359,9 @@ class Rows:
                 "store",
                 out,
                 tensor,
-                offset=i * flow.columns * column,
-                row=columns * column,
+                offset=i * flow.columns * column * (1 + self.words(tensor)),
+                row=columns * column * (1 + self.words(tensor)),
+                words=self.words(tensor),
             )
 
     def by_row(self, tensor: str) -> bool:
@@ -457,17 +500,13 @@ class Rows:
         result = []
         for o in range(outs):
             n = columns // outs
-            strips = ceil_div(n, self.p.stages)
-            units = max(1, min(strips, ceil_div(self.tiles.units.get(name, 1), outs * len(x))))
-            each = ceil_div(strips, units)
-            units = ceil_div(strips, each)
+            each, units = self.split(name, ceil_div(n, self.p.stages), outs * len(x))
             sums = []
             for i, part in enumerate(x):
                 # Each product has its own copy of the rows, which it can hold back.
                 at = f"{name}.{o}.{i}"
                 r = line.read(f"{at}.x", name, part, [(part.columns, 1), (each, 0)])
-                tensor = f"{at}.w" if op.slot is None else f"{weights_of(op)}.{at}.w"
-                w = line.weights(at, name, tensor, part.columns, each, units, self.tiles.gates)
+                w = self._weights(op, at, (i * part.columns, o * n), part.columns, n, each, units)
                 sums.append(line.product(at, name, r, part.columns, each, w, n, rounded=whole))
             if whole:
                 if self.share.sockets > 1 or op.writes[0] == "qkv":  # several read it: many streams end here
@@ -492,6 +531,13 @@ class Rows:
                 )
             )
         self.at[op.writes[0]] = result
+
+    def _weights(
+        self, op: Op, at: str, first: tuple[int, int], depth: int, columns: int, strips: int, units: int
+    ) -> list[list[str]]:  # fmt: skip
+        """Memory units with the weights of a piece of a product, whose rows and columns begin at `first`."""
+        tensor = f"{at}.w" if op.slot is None else f"{weights_of(op)}.{at}.w"
+        return self.line.weights(at, op.name, tensor, depth, strips, units, self.tiles.gates)
 
     def _positions(self, op: Op) -> None:
         """Rotary positions where the model has them; keys and values go to the cache."""
@@ -644,9 +690,10 @@ class Rows:
             out += some
         return out
 
-    def _masked(self, first: int, head: int) -> list[dict[str, Any]]:
+    def _masked(self, first: int, head: int, turned: bool = False) -> list[dict[str, Any]]:
         """Stages that scale the score in register 0, and mask it where key `first` + counter 0 is none of its row's.
 
+        Where they are `turned`, the rows are those of the keys, and the columns of the queries.
         The result is in register 4, registers 5 to 7 are used.
         """
         m, lanes = self.model, self.p.lanes
@@ -718,7 +765,7 @@ class Rows:
                 "to": 6,
                 "group": lanes,
             },
-            stage("less", 6, 5, 7, **whole),
+            stage("less", 5, 6, 7, **whole) if turned else stage("less", 6, 5, 7, **whole),
         ]
         if self.window is not None:
             out += [
@@ -906,13 +953,13 @@ def weights_of(op: Op) -> str:
 
 def cached(
     line: Pipeline, name: str, tag: str, what: str, heads: int, dim: int, width: int, chunks: int, pitch: int,
-    offset: int, strip: int, gates: int, copies: int = 1,
+    offset: int, strip: int, gates: int, copies: int = 1, tensor: str = "",
 ) -> list[list[list[str]]]:  # fmt: skip
     """Memory units with the "keys" or "values" of heads of `dim` elements: one for each head, and chunk of `width` tokens.
 
     They give strips of `strip` tokens, element after element, or strips of elements, token after token. The cache, whose
     elements are `pitch` tokens apart, begins at `offset` bytes; `gates` gates to memory load it. There are `copies` of
-    each unit, one for each that reads it.
+    each unit, one for each that reads it. Of a `tensor`, if it is given: what tells the order alone.
     """
     p = line.p
     keys = what == "keys"
@@ -940,7 +987,7 @@ def cached(
     for h in range(heads):
         if h % step == 0:
             gate = line.gate(
-                f"{name}.{h}.load", tag, "load", "hbm", what, offset + h * head_bytes,
+                f"{name}.{h}.load", tag, "load", "hbm", tensor or what, offset + h * head_bytes,
                 [
                     (tokens, p.lanes * BF16_BYTES), (dim, pitch * BF16_BYTES), (chunks, width * BF16_BYTES),
                     (step, head_bytes),

@@ -51,6 +51,8 @@ def run(
     mapper = registry.room("mappers", slug)
     if model.composition is not None and not getattr(mapper, "COMPOSITIONS", False):
         raise UserError(f"{model.name}: target {slug} does not support compositions of experts")
+    if scenario.train and not getattr(mapper, "TRAINS", False):
+        raise UserError(f"--train: target {slug} does not train models; allowed: rdu")
     mapped = mapper.map_model(spec, model, scenario, chosen)
     if mapping_out is not None:
         with replacing(mapping_out) as file:
