@@ -895,11 +895,9 @@ class Pipeline:
                     self.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
         return names
 
-    def transposed(
-        self, name: str, tag: str, tensor: str, *, rows: int, columns: int, strips: int, first: int = 0, whole: int = 0
-    ) -> Flow:  # fmt: skip
+    def transposed(self, name: str, tag: str, tensor: str, *, rows: int, columns: int, strips: int) -> Flow:
         """A matrix's transpose as `product` takes it, `strips` times a block: blocks of its columns, one packet for each of
-        its `rows`. Blocks are of columns from `first` on of a matrix of `whole` (by default `columns`).
+        its `rows`.
 
         A block's columns come a packet each for some rows, and leave as rows: the buffer is a diagonal stripe.
         """
@@ -920,17 +918,19 @@ class Pipeline:
         bits = {f"bank_bit{count - 1}": slot.bit_length() - 1} if apart else {}
         shift = lanes.bit_length() - 1
         column = lanes * BF16_BYTES
-        names, gates = [], []
+        steps = [
+            (lanes, column),
+            (rows // lanes, columns * column),
+            (self.blocks, self.groups * lanes * column),
+        ]
+        gates = tuple(
+            (self.gate(f"{name}.in.{g}", tag, "load", "hbm", tensor, g * lanes * column, steps),)
+            for g in range(self.groups)
+        )
+        flow = self.admitted(name, tag, Flow(rows, gates, rows, gates))
+        write, read = [(lanes, 1), (rows // lanes, lanes * lanes)], [(rows, lanes), (strips, 0)]
+        names = []
         for g in range(self.groups):
-            steps = [
-                (lanes, column), (rows // lanes, (whole or columns) * column),
-                (self.blocks, self.groups * lanes * column),
-            ]  # fmt: skip
-            gate = self.gate(
-                f"{name}.in.{g}", tag, "load", "hbm", tensor, (first + g * lanes) * column, steps
-            )
-            write = [(lanes, 1), (rows // lanes, lanes * lanes)]
-            read = [(rows, lanes), (strips, 0)]
             unit = self.unit(
                 f"{name}.{g}", "pmu", tag, enable=3, words=self.buffers * slot, **bits,
                 skew_bits=min(count - apart, shift), skew_shift=shift,
@@ -940,15 +940,14 @@ class Pipeline:
                 read_wait_level=len(read), read_signal_level=len(read),
             )  # fmt: skip
             names.append(unit)
-            gates.append(gate)
             self.work[unit] = self.blocks * rows * strips
             self.need(f"{unit}.read", f"{unit}.write")
-            self.feed(gate, unit)
+            self.feed(flow.sources[g][0], unit)
             if self.blocks > 1:
-                self.need(gate, f"{unit}.read", self.buffers)
-        return Flow(
-            rows * strips, tuple((u,) for u in names), rows * strips, tuple((f"{u}.read",) for u in names)
-        )
+                for reader in flow.readers[g]:
+                    self.need(reader, f"{unit}.read", self.buffers)
+        every = tuple((unit,) for unit in names)
+        return Flow(rows * strips, every, rows * strips, tuple((f"{unit}.read",) for unit in names))
 
     def broadcast(
         self, name: str, tag: str, tensor: str, length: int, *, offset: int = 0, words: bool = False

@@ -8,11 +8,15 @@ import pytest
 from tests.rdu import test_layer
 from tests.rdu.test_layer import half, machine
 from tilewright.arch import rdu
+from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Scenario
-from tilewright.mappers.rdu import _Mapper, document_of, train
+from tilewright.devices import load_device
+from tilewright.mappers.rdu import _Mapper, document_of, map_model, train
+from tilewright.run import run
 from tilewright.workloads import rdu_layer
 from tilewright.workloads import rdu_train as reference
+from tilewright.workloads.models import load_model
 from tilewright.workloads.rdu import blank_image, interpret
 
 MODEL = replace(test_layer.MODEL, kv_heads=2)
@@ -133,3 +137,143 @@ def test_values(change, tokens, mapping, layers):
     got, expected = step(replace(MODEL, **change), tokens, mapping, layers=layers)
     wrong = [name for name in expected if not np.array_equal(got[name], expected[name])]
     assert not wrong
+
+
+# ---- the reference against calculus ------------------------------------------------------------------
+
+
+def plain(model, w, x, cos, sin):
+    """A layer in float64: nothing in common with the reference."""
+    d, heads, rows = model.head_dim, model.heads, len(x)
+
+    def normed(name, a):
+        if model.norm == "layernorm":
+            a = a - a.mean(1, keepdims=True)
+        a = a / np.sqrt((a * a).mean(1, keepdims=True) + float(model.norm_eps))
+        return a * w[f"{name}.gain"] + w.get(f"{name}.bias", 0)
+
+    def rotary(a):
+        a = a.reshape(rows, heads, d)
+        other = np.concatenate([a[..., d // 2 :], a[..., : d // 2]], -1)
+        return (a * cos[:, None] + other * sin[:, None]).reshape(rows, -1)
+
+    q, k, v = np.split(normed("attention_norm", x) @ w["qkv"], 3, axis=1)
+    if model.position == "rotary":
+        q, k = rotary(q), rotary(k)
+    q, k, v = (a.reshape(rows, heads, d).transpose(1, 0, 2) for a in (q, k, v))
+    scores = np.where(np.tri(rows) > 0, q @ k.transpose(0, 2, 1) / np.sqrt(d), -np.inf)
+    power = np.exp(scores - scores.max(-1, keepdims=True))
+    out = (power / power.sum(-1, keepdims=True)) @ v
+    y = x + out.transpose(1, 0, 2).reshape(rows, -1) @ w["attention_out"]
+    h = normed("mlp_norm", y)
+    up = h @ w["up"]
+    if model.gated_mlp:
+        gate = h @ w["gate"]
+        f = gate / (1 + np.exp(-gate)) * up
+    else:
+        f = up / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+    return y + f @ w["down"]
+
+
+PLAIN = {"gated_mlp": False, "activation": "gelu_tanh", "norm": "layernorm", "position": "learned"}
+
+
+@pytest.mark.parametrize("change", [{}, PLAIN])
+def test_gradients_against_differences(change):
+    # Along its own direction d = g / |g| the loss sum(z dz) rises by |g|, along another one by g d: central differences
+    # of float64 agree within what bfloat16's eight bits leave, here 2 % of |g|.
+    m = replace(MODEL, **change)
+    p = machine().params()
+    rng = np.random.default_rng(7)
+    w, make = test_layer.random_weights(m, rng)
+    w = {name: a for name, a in w.items() if not name.endswith(".bias") or "norm" in name}
+    x, dz = make(16, m.d_model), make(16, m.d_model)
+    angle = np.concatenate([rng.normal(size=(16, m.head_dim // 2))] * 2, 1)
+    sign = np.repeat([-1, 1], m.head_dim // 2)
+    cos, sin = (rdu_layer.words(a) for a in (np.cos(angle), np.sin(angle) * sign))
+    rotary = m.position == "rotary"
+    at, found = reference.gradients(
+        m, w, x, dz, cos if rotary else None, sin if rotary else None, reference.Cuts(lanes=8), p
+    )
+
+    def real(a):
+        return a.view(np.float32).astype(float)
+
+    exact = {name: real(a) for name, a in w.items()}
+    c, s, seed, start = real(cos), real(sin), real(dz), real(x)
+    z = plain(m, exact, start, c, s)
+    assert np.linalg.norm(real(at["z"]) - z) < 0.01 * np.linalg.norm(z)
+
+    def rise(name, direction):
+        """The loss's derivative along a direction of a weight or of x."""
+        both = []
+        for step in (1e-5, -1e-5):
+            moved = dict(exact)
+            rows = start + step * direction if name == "x" else start
+            if name != "x":
+                moved[name] = exact[name] + step * direction
+            both.append(np.sum(plain(m, moved, rows, c, s) * seed))
+        return (both[0] - both[1]) / 2e-5
+
+    for name, g in {**found, "x": at["dx"]}.items():
+        g = real(g)
+        own = f"{name}.gain" if name in train.GAINS else name
+        size = np.linalg.norm(g)
+        assert abs(rise(own, g / size) - size) < 0.02 * size, name
+        for _ in range(3):
+            d = rng.normal(size=g.shape)
+            d /= np.linalg.norm(d)
+            assert abs(rise(own, d) - np.sum(g * d)) < 0.02 * size, name
+
+
+def test_adamw_by_hand():
+    # m = 0.9 * 0 + 0.1 * 2 = 0.2; v = 0.95 * 0 + 0.05 * 4 = 0.2; m / sqrt(v) = 0.4472; + 0.1 * 1; times 0.5: 0.2736.
+    p = machine().params()
+    one, two, none, rate = (np.full(1, a, np.float32).view(np.uint32) for a in (1.0, 2.0, 0.0, 0.5))
+    w, m, v, copy = reference.adamw(
+        one, none, none, two, rate, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, counts=p
+    )
+    assert m.view(np.float32)[0] == pytest.approx(0.2, rel=1e-6)
+    assert v.view(np.float32)[0] == pytest.approx(0.2, rel=1e-6)
+    assert w.view(np.float32)[0] == pytest.approx(1 - 0.5 * (0.2 / 0.2**0.5 + 0.1), rel=1e-6)
+    assert copy[0] == rdu_layer.words(w.view(np.float32))[0]
+    # Where nothing was learned yet, a gradient of zero moves a weight by its decay alone.
+    w, _, _, _ = reference.adamw(
+        one, none, none, none, rate, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, counts=p
+    )
+    assert w.view(np.float32)[0] == pytest.approx(0.95, rel=1e-6)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_heads": 1}, "tiny: target rdu does not train heads that share keys"),
+        ({"causal": False}, "tiny: target rdu does not train encoders"),
+        ({"parallel_attention": True}, "tiny: target rdu does not train attention beside the MLP"),
+        ({"qkv_bias": True}, "tiny: target rdu does not train biases"),
+        ({"activation": "relu2"}, "tiny: target rdu does not train activation relu2"),
+        ({"position": "alibi"}, "tiny: target rdu does not train linear biases of positions"),
+    ],
+)
+def test_models_are_checked(change, message):
+    with pytest.raises(UserError, match=message):
+        map_model(machine(), replace(MODEL, **change), Scenario(train=16, generate=0))
+
+
+def test_scenarios_are_checked():
+    spec = machine()
+    with pytest.raises(UserError, match="--train is a step of its own"):
+        Scenario(train=16)
+    with pytest.raises(UserError, match="--train must be a multiple of 16, twice the lanes, not 24"):
+        map_model(spec, MODEL, Scenario(train=24, generate=0))
+    with pytest.raises(UserError, match="--batch must be 1 with --train, not 2"):
+        map_model(spec, MODEL, Scenario(train=16, generate=0, batch=2))
+
+
+@pytest.mark.parametrize("preset", ["pim-gpt", "a100"])
+def test_other_targets_do_not_train(preset):
+    with pytest.raises(UserError, match=r"--train: .* does not train models; allowed: .*rdu"):
+        run(load_device(preset), load_model("gpt2-small"), Scenario(train=64, generate=0))
