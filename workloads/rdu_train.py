@@ -194,8 +194,8 @@ def gradients(
 ) -> tuple[dict[str, Words], dict[str, Words]]:  # fmt: skip
     """A layer forward and backward: (matrices by name, gradients of the weights by theirs).
 
-    Attention, norm, MLP, one after the other, without biases. `weights` as of `rdu_layer.layer`; among the matrices `z` is
-    what the layer gives, and `dx` the gradient of `x`, from `dz`.
+    Attention, norm, MLP, one after the other. `weights` as of `rdu_layer.layer`; among the matrices `z` is what the layer
+    gives, and `dx` the gradient of `x`, from `dz`. Gradients of biases are under `<operator>_bias`.
     """
     m, w = model, weights
     rows = len(x)
@@ -204,7 +204,10 @@ def gradients(
         return norm(a, w[f"{name}.gain"], w.get(f"{name}.bias"), m.norm_eps, counts)
 
     def linear(name: str, a: Words) -> Words:
-        return round_bf16(product(a, w[name]))
+        parts = [product(a, w[name])]
+        if f"{name}.bias" in w:
+            parts.append(np.broadcast_to(w[f"{name}.bias"], parts[0].shape))
+        return round_bf16(_fold("add", parts))
 
     def add(*parts: Words) -> Words:
         return round_bf16(_fold("add", parts))
@@ -250,7 +253,8 @@ def gradients(
     )  # fmt: skip
     signs = None if sin is None else sin ^ np.uint32(0x80000000)
     at["dqkv"] = np.concatenate([turned(dq, signs), turned(dk, signs), dv], axis=1)
-    dn, products = unnormed("attention_norm", x, back("qkv", at["dqkv"]))
+    dh = back("qkv", at["dqkv"])
+    dn, products = unnormed("attention_norm", x, dh)
     at["dx"] = add(at["dy"], dn)
     pairs = {"qkv": ("h", "dqkv"), "attention_out": ("a", "dy"), "up": ("h2", "dup"), "down": ("f", "dz")}
     pairs |= {"gate": ("h2", "dgate")} if m.gated_mlp else {}
@@ -258,4 +262,6 @@ def gradients(
     found = {name: product_dw(at[a], at[b]) for name, (a, b) in pairs.items()}
     found["attention_norm"] = column_sum(products, cuts.lanes)
     found["mlp_norm"] = column_sum(mlp_products, cuts.lanes)
+    sums = {name: at[b] for name, (_, b) in pairs.items()} | {"attention_norm": dh, "mlp_norm": dh2}
+    found |= {f"{name}_bias": column_sum(dy, cuts.lanes) for name, dy in sums.items() if f"{name}.bias" in w}
     return at, found

@@ -169,6 +169,8 @@ def map_model(
     Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
     """
     if model.composition is not None:
+        if scenario.train:
+            raise UserError(f"{model.name}: target rdu does not train compositions")
         return map_composition(spec, model, scenario, mapping, partial(_map_one, apart=False))
     return _map_one(spec, model, scenario, mapping)
 
@@ -509,7 +511,7 @@ class _Mapper:
     def _train(self, step: int) -> None:
         """A step of training: forward through all layers, backward through them, and the optimizer on each one's weights."""
         s, m, p = self.scenario, self.model, self.p
-        train.check(m)
+        train.check(self.share, p.lanes)
         if s.batch > 1:
             raise UserError(
                 f"--batch must be 1 with --train, not {s.batch}: gradients are those of one sequence"
@@ -525,19 +527,33 @@ class _Mapper:
         def plan(
             some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits, rows: int = s.train
         ) -> Choice | None:
-            return plan_rows(
-                p, self.share, some, keep, limits, rows=rows, keys=s.train, pitch=s.train, context=0, window=None,
-                groups=self.document["groups"] or None, attended=s.train, builder=train.Training,
-            )  # fmt: skip
+            # What memory binds has many streams, which share its channels evenly.
+            wide = train.WIDE if all(op.kind in train.ELEMENTS for op in some) else (None,)
+            for groups in (self.document["groups"],) if self.document["groups"] else wide:
+                found = plan_rows(
+                    p, self.share, some, keep, limits, rows=rows, keys=s.train, pitch=s.train, context=0, window=None,
+                    groups=groups, attended=s.train, builder=train.Training,
+                )  # fmt: skip
+                if found is not None:
+                    return found
+            return None
 
         def kernels(
             some: Sequence[Op], later: Sequence[Op], result: Sequence[str] = (), rows: int = s.train
         ) -> list[int]:
+            """Sections; one whose streams wait behind one another is cut in two."""
             own = partial(plan, rows=rows)
-            return [
-                self._kernel(train.PHASE, choice, partial(own, choice.ops, choice.keep))
-                for choice in self._cut(some, kept(some, later, result), own, "a step of training")
-            ]
+            out = []
+            for choice in self._cut(some, kept(some, later, result), own, "a step of training"):
+                k = self._kernel(train.PHASE, choice, partial(own, choice.ops, choice.keep))
+                half = len(choice.ops) // 2
+                if self.kernels[k].blocked and half:
+                    self.kernels.pop()
+                    out += kernels(choice.ops[:half], choice.ops[half:], choice.keep, rows)
+                    out += kernels(choice.ops[half:], (), choice.keep, rows)
+                else:
+                    out.append(k)
+            return out
 
         ops = train.forward(m, sockets)
         groups = train.backward(m, sockets)
@@ -548,9 +564,9 @@ class _Mapper:
         for i, some in enumerate(groups):
             back += kernels(some, [op for later in groups[i + 1 :] for op in later] + gradients, ["dx"])
         for op in gradients:
-            rows = train.shape(self.share, op.writes[0].split(".")[0], p.lanes)[0]
-            if op.kind == "column_sum":
-                back += kernels([op], [], (), m.d_model * p.lanes)
+            rows, columns = train.shape(self.share, op.writes[0].split(".")[0], p.lanes)
+            if op.kind == "column_sum":  # whose rows are columns, a block each
+                back += kernels([op], [], (), columns * p.lanes * p.lanes)
             else:
                 back += kernels([op], [], op.writes, rows)
         for name in names:

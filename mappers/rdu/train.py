@@ -44,10 +44,16 @@ STATISTICS = ("top", "inverse", "dot")
 OPTIMIZED = ("grad", "first", "second", "root", "step", "master", "copy")
 """Of each weight: its gradient, both moments, what a step is made of, itself in float32, and as the layer takes it."""
 GAINS = ("attention_norm", "mlp_norm")
+BIAS = "_bias"
+ELEMENTS = ("moment", "root", "step", "update", "round")
+"""Kinds of operators that take each element by itself."""
+WIDE = (8, 6, 4, 3, 2, 1)
+"""Groups of blocks that such operators are dealt out to, the first for which there are gates to memory."""
 
 
-def check(model: ModelConfig) -> None:
-    """Raises UserError for models that are not trained here."""
+def check(share: Share, lanes: int) -> None:
+    """Raises UserError for models that are not trained here, and shares of them that are no whole vectors."""
+    model = share.model
     for what, there in (
         ("mixtures of experts", model.experts),
         ("encoders", not model.causal),
@@ -55,11 +61,16 @@ def check(model: ModelConfig) -> None:
         ("heads that share keys", model.kv_heads != model.heads),
         ("sliding windows", model.windowed_layers),
         ("linear biases of positions", model.position == "alibi"),
-        ("biases", model.qkv_bias or model.attention_out_bias or model.mlp_bias),
         (f"activation {model.activation}", model.activation != "silu" if model.gated_mlp else "gelu" not in model.activation),
     ):  # fmt: skip
         if there:
             raise UserError(f"{model.name}: target rdu does not train {what}")
+    for name in parameters(model):
+        for n, what in zip(shape(share, name, lanes), ("rows", "columns"), strict=True):
+            if name not in GAINS and not name.endswith(BIAS) and n % lanes:
+                raise UserError(
+                    f"{model.name}: {n} {what} of {name} on a socket are no multiple of the {lanes} lanes, as training needs"
+                )
 
 
 def forward(model: ModelConfig, sockets: int = 1) -> list[Op]:
@@ -116,8 +127,13 @@ def weight_gradients(model: ModelConfig) -> list[Op]:
     inputs = {"qkv": ("h", "dqkv"), "attention_out": ("a", "dy"), "up": ("h2", "dup"), "down": ("f", "dz")}
     if model.gated_mlp:
         inputs["gate"] = ("h2", "dgate")
+    sums = {name: f"{name}.products" for name in GAINS}
+    sums |= {
+        f"{name}{BIAS}": {"attention_norm": "dh", "mlp_norm": "dh2"}.get(name) or inputs[name][1]
+        for name in biased(model)
+    }
     return [Op(f"{name}_dw", "product_dw", pair, (f"{name}.grad",)) for name, pair in inputs.items()] + [
-        Op(f"{name}_dw", "column_sum", (f"{name}.products",), (f"{name}.grad",)) for name in GAINS
+        Op(f"{name}_dw", "column_sum", (of,), (f"{name}.grad",)) for name, of in sums.items()
     ]
 
 
@@ -138,7 +154,10 @@ def optimizer(name: str) -> list[Op]:
 
 
 def shape(share: Share, name: str, lanes: int) -> tuple[int, int]:
-    """Rows and columns of a weight on a socket; of a gain, as many columns of `lanes` elements as it takes."""
+    """Rows and columns of a weight on a socket; of a gain or bias, as many columns of `lanes` elements as it takes."""
+    if name.endswith(BIAS):
+        of = name.removesuffix(BIAS)
+        return lanes, share.model.d_model // lanes if of in GAINS else shape(share, of, lanes)[1] // lanes
     d, q, inner = share.model.d_model, share.q_dim, share.inner
     return {
         **dict.fromkeys(GAINS, (lanes, d // lanes)),
@@ -146,9 +165,28 @@ def shape(share: Share, name: str, lanes: int) -> tuple[int, int]:
     }[name]  # fmt: skip
 
 
+def biased(model: ModelConfig) -> list[str]:
+    """The operators of a layer that add a bias."""
+    inner = ("gate", "up") if model.gated_mlp else ("up",)
+    return [
+        *(GAINS if model.norm == "layernorm" else ()),
+        *(["qkv"] if model.qkv_bias else []),
+        *(["attention_out"] if model.attention_out_bias else []),
+        *((*inner, "down") if model.mlp_bias else ()),
+    ]
+
+
 def parameters(model: ModelConfig) -> list[str]:
     """The weights of a layer."""
-    return [*GAINS, "qkv", "attention_out", *(["gate"] if model.gated_mlp else []), "up", "down"]
+    return [
+        *GAINS,
+        *(f"{name}{BIAS}" for name in biased(model)),
+        "qkv",
+        "attention_out",
+        *(["gate"] if model.gated_mlp else []),
+        "up",
+        "down",
+    ]
 
 
 def _optimized(tensor: str) -> str:
@@ -164,7 +202,8 @@ def place(tensor: str, layer: int) -> tuple[str, tuple[str, str, int]]:
     if tensor in ("keys", "values"):
         return "cache", ("cache", tensor, layer)
     if what == "copy":
-        return "weights", (PHASE, f"{name}.{'gain' if name in GAINS else 'w'}", layer)
+        kind = "gain" if name in GAINS else "bias" if name.endswith(BIAS) else "w"
+        return "weights", (PHASE, f"{name.removesuffix(BIAS)}.{kind}", layer)
     if what in ("w", "gain", "bias") or _optimized(tensor) in ("first", "second", "master"):
         return "weights", (PHASE, f"{name}.{what.removesuffix('.new')}", layer)
     if tensor in ("x", "z"):
@@ -265,7 +304,7 @@ class Training(Rows):
             n = columns // outs
             size = self.p.stages * self.grain
             each, units = self.split(name, ceil_div(n, size), outs * pieces)
-            each *= self.grain
+            each = min(each * self.grain, ceil_div(n, self.p.stages))  # a single unit may have fewer
             sums = []
             base = 0
             for i, part in enumerate(dy):
