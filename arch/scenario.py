@@ -11,7 +11,8 @@ from tilewright.arch.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """`context` tokens are cached, `prompt` are prefilled, then `generate` decode steps.
+    """`context` tokens are cached, `prompt` are prefilled, then `generate` decode steps; or a step of training with
+    sequences of `train` tokens, and nothing else.
 
     Decode step i attends to context + prompt + i + 1 tokens. Raises UserError for impossible counts.
     """
@@ -23,14 +24,18 @@ class Scenario:
     lm_head: bool = True
     embedding: bool = True
     seed: int = 0
+    train: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("context", 0), ("prompt", 0), ("generate", 0), ("batch", 1), ("seed", 0)):
+        counts = (("context", 0), ("prompt", 0), ("generate", 0), ("batch", 1), ("seed", 0), ("train", 0))
+        for name, low in counts:
             value = getattr(self, name)
             if not low <= value <= 10**9:
                 raise UserError(f"--{name} must be in {low}..{10**9}, not {value}")
-        if self.prompt + self.generate == 0:
-            raise UserError("nothing to run: --prompt and --generate are both 0")
+        if self.train and self.context + self.prompt + self.generate:
+            raise UserError("--train is a step of its own, without --context, --prompt and --generate")
+        if self.prompt + self.generate + self.train == 0:
+            raise UserError("nothing to run: --prompt, --generate and --train are all 0")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -45,6 +46,44 @@ class Composition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vision:
+    """What makes tokens of a decoder's prompt of an image (Liu et al. 2024, arXiv 2310.03744): a vision transformer
+    (Dosovitskiy et al. 2021, arXiv 2010.11929) over the image's patches, and a projector of two layers.
+
+    Patches are projected to columns of the tower; the position's vector is added, to a class token's, too; a norm and
+    the tower's layers follow. What they give for the patches goes through the projector.
+    """
+
+    tower: "ModelConfig"
+    """Its layers are those whose result is used; its positions are the patches and a class token."""
+    image: int
+    """Pixels of a side."""
+    patch: int
+    channels: int
+    columns: int
+    """Of the projector's result, and between its layers."""
+    activation: str
+    """Between the projector's layers."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a prompt that an image gives: its patches."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def patch_elements(self) -> int:
+        return self.patch**2 * self.channels
+
+    @property
+    def parameters(self) -> int:
+        """Those of the projection, the class token, the positions, a norm, the layers that are used, and the projector."""
+        t = self.tower
+        embedding = (self.patch_elements + 1 + self.tokens + 1) * t.d_model
+        rest = t.parameters["attention"] + t.parameters["mlp"] + t.parameters["norms"]
+        return embedding + rest + (t.d_model + 1) * self.columns + (self.columns + 1) * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of one transformer: a decoder, or an encoder if not `causal`.
 
@@ -66,7 +105,7 @@ class ModelConfig:
     positions: int | None
     """Longest sequence that the position embedding allows; None: no limit (ALiBi, or rotary without one)."""
     activation: str
-    """gelu | gelu_tanh | relu | relu2 | silu"""
+    """gelu | gelu_tanh | relu | relu2 | silu; of a vision tower also quick_gelu, x * sigmoid(1.702 x)"""
     gated_mlp: bool
     norm: str
     """layernorm (gain and bias) | rmsnorm (gain)"""
@@ -111,6 +150,8 @@ class ModelConfig:
     pooler: bool = False
     """A dense layer over the first token (BERT), counted as parameters and no part of the operator graph."""
     composition: Composition | None = None
+    vision: Vision | None = None
+    """What images of a prompt go through; no part of `parameters` and of the operator graph."""
 
     @property
     def q_dim(self) -> int:
@@ -273,6 +314,17 @@ class _Config:
     def activation(self, key: str, default: str) -> str:
         return ACTIVATIONS[self.name(key, ACTIVATIONS, default)]
 
+    def part(self, key: str) -> "_Config":
+        """A required object, as a file of its own family."""
+        value = self.find((key,))[1]
+        if value is None:
+            raise self.missing(key)
+        if not isinstance(value, dict):
+            raise self.fail(key, f"must be an object, not {_json_type(value)}")
+        out = copy(self)
+        out.data = value
+        return out
+
     def number(self, key: str, default: str | None = None) -> str:
         """The text of a positive number."""
         value = self.find((key,))[1]
@@ -420,6 +472,44 @@ def _llama(c: _Config, *, tied: bool | None = False) -> dict[str, Any]:
     }
 
 
+def _clip(c: _Config, layers: int) -> ModelConfig:
+    """The vision transformer of CLIP (Radford et al. 2021, arXiv 2103.00020), up to its layer `layers`."""
+    shape: dict[str, Any] = {**c.heads(("hidden_size",), ("num_attention_heads",), None)}
+    side = c.whole("image_size") // c.whole("patch_size")
+    return ModelConfig(
+        name="vision tower", family=VISION, source=str(c.path), **shape, layers=layers, d_embed=shape["d_model"],
+        d_ff=c.whole("intermediate_size"), vocab=0, positions=side**2 + 1, position_rows=side**2 + 1,
+        activation={**ACTIVATIONS, "quick_gelu": "quick_gelu"}[
+            c.name("hidden_act", (*ACTIVATIONS, "quick_gelu"))
+        ],
+        gated_mlp=False, norm="layernorm", norm_eps=c.number("layer_norm_eps"), position="learned",
+        tie_embeddings=True, qkv_bias=True, attention_out_bias=True, mlp_bias=True, embedding_norm=True,
+        final_norm=False, causal=False,
+    )  # fmt: skip
+
+
+def _llava(c: _Config) -> dict[str, Any]:
+    """A Llama with images: its config.json names a vision tower, whose own config.json stands under `vision_config`."""
+    shape = _llama(c)
+    c.only("mm_projector_type", "mlp2x_gelu")
+    c.only("mm_vision_select_feature", "patch")
+    tower = c.part("vision_config")
+    tower.name("model_type", (VISION,))
+    layers = tower.whole("num_hidden_layers")
+    select = c.find(("mm_vision_select_layer",))[1]
+    if type(select) is not int or not -layers <= select <= -1:
+        raise c.fail("mm_vision_select_layer", f"must be in {-layers}..-1, not {select!r}")
+    image, patch = tower.whole("image_size"), tower.whole("patch_size")
+    if image % patch:
+        raise tower.fail("image_size", f"{image} must be a multiple of patch_size {patch}")
+    return shape | {
+        "vision": Vision(
+            tower=_clip(tower, layers + 1 + select), image=image, patch=patch, columns=shape["d_model"],
+            channels=tower.whole_or(3, "num_channels"), activation="gelu",
+        )
+    }  # fmt: skip
+
+
 def _mistral(c: _Config) -> dict[str, Any]:
     shape = _llama(c)
     if c.data.get("sliding_window") is not None:
@@ -562,6 +652,7 @@ _FAMILIES: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "falcon": _falcon,
     "gpt2": _gpt2,
     "llama": _llama,
+    "llava": _llava,
     "mistral": _mistral,
     "mixtral": _mixtral,
     "opt": _opt,
@@ -572,6 +663,7 @@ _FAMILIES: dict[str, Callable[[_Config], dict[str, Any]]] = {
 }
 
 
+VISION = "clip_vision_model"
 COMPOSITION = "composition"
 """The `model_type`, ours, of a file that names built-in models: `expert`, of which there are `experts`, and `router`."""
 

@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 
 from tilewright.arch.formats import BF16, FP32
 from tilewright.workloads import asic, formats
-from tilewright.workloads.models import ModelConfig
+from tilewright.workloads.models import ModelConfig, Vision
 from tilewright.workloads.rdu_kernels import lane_op, reduce_tree, round_bf16, special
 
-__all__ = ["LOWEST", "Layer", "activation", "attention", "cut", "layer", "norm", "product", "rotary", "words"]
+__all__ = [
+    "LOWEST", "Layer", "activation", "attention", "cut", "image", "layer", "norm", "product", "rotary", "words",
+]  # fmt: skip
 
 Words = NDArray[np.uint32]
 LOWEST = -1e30
 """What the score of a masked key is."""
+QUICK_GELU = 1.702
 GELU_CUBIC = 0.044715
 GELU_SCALE = float(2 * np.sqrt(2 / np.pi))
 
@@ -136,6 +139,9 @@ def activation(kind: str, x: Words, times: Words | None, counts: asic.Counts) ->
     gate = x if times is None else _op("multiply", x, times)
     if kind == "silu":
         return round_bf16(_op("multiply", special("sigmoid", x, counts), gate))
+    if kind == "quick_gelu":
+        z = _op("multiply", x, _word(QUICK_GELU))
+        return round_bf16(_op("multiply", special("sigmoid", z, counts), gate))
     if kind in ("gelu", "gelu_tanh"):  # (1 + tanh(z)) / 2 = sigmoid(2 z)
         cubic = _op("add", _op("multiply", _op("multiply", x, x), _word(GELU_CUBIC)), _word(1.0))
         z = _op("multiply", _op("multiply", cubic, x), _word(GELU_SCALE))
@@ -232,6 +238,30 @@ def layer(
     o, keys, values = attend(normed("attention_norm", x))
     y = add(x, o)
     return add(y, mlp(normed("mlp_norm", y))), keys, values
+
+
+# ---- an image ------------------------------------------------------------------------------------------
+
+
+def image(
+    vision: Vision, weights: Mapping[str, Words], layers: Sequence[Mapping[str, Words]], patches: Words, tokens: int,
+    how: Layer, counts: asic.Counts,
+) -> Words:  # fmt: skip
+    """What an image's patches, uint32[patches, elements], give for a prompt: uint32[patches, columns].
+
+    The class token is the last row, whose patch is all zeros: `table` of `weights`, uint32[patches + 1, columns], has
+    its vector there, and the positions' vectors in all rows. `tokens` are the cache's room in each of the `layers`.
+    """
+    w, tower = weights, vision.tower
+    rows = np.concatenate([patches, np.zeros((1, patches.shape[1]), np.uint32)])
+    x = round_bf16(_op("add", w["table"], round_bf16(product(rows, w["patches"]))))
+    x = norm(x, w["pre_norm.gain"], w["pre_norm.bias"], tower.norm_eps, counts, how.parts, how.inputs)
+    none = np.zeros((0, tower.kv_dim), np.uint32)
+    for own in layers:
+        x, _, _ = layer(tower, own, x, None, None, (none, none), tokens, how, counts)
+    x = round_bf16(_op("add", product(x[:-1], w["up"]), w["up.bias"]))
+    x = activation(vision.activation, x, None, counts)
+    return round_bf16(_op("add", product(x, w["down"]), w["down.bias"]))
 
 
 # ---- one token ----------------------------------------------------------------------------------------

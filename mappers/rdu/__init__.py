@@ -27,7 +27,7 @@ from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import Program, Segment
 from tilewright.arch.rdu import CODE, ISA, TIERS, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
-from tilewright.mappers.rdu import mixture
+from tilewright.mappers.rdu import mixture, train, vision
 from tilewright.mappers.rdu.coe import copy_ticks, map_composition
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.netlist import Stream
@@ -65,11 +65,14 @@ CROWDED = Fraction(5, 4)
 PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
 TOLD = ("sections", "memory")  # what a document tells besides
 COMPOSITIONS = True
+IMAGES = True
+TRAINS = True
 SHARED = ("cos", "sin", "mask", "slopes")
 ACTIVATIONS = (
     *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f"),
-    *("gate_out", "up_out", "o_part", "w_part", "logits", "last", "r", "e", "spare"),
+    *("gate_out", "up_out", "o_part", "w_part", "logits", "last", "r", "e", "spare", "patch"),
 )
+PARAMETERS = (".w", ".gain", ".bias")
 EXPERT = "expert."
 
 
@@ -163,10 +166,13 @@ def map_model(
     `mapping` overrides choices of the document that is returned: fusion, orchestration, allreduce, granule (tokens), the
     placement's seed and moves, groups of rows side by side (0: chosen), percent of the units that a section may use (0:
     chosen). For a mixture of experts: `requests`, the experts of each token, layer and slot (else drawn uniformly from
-    `scenario.seed`), and `regions`, the experts of a layer that HBM may hold (else as many as fit).
+    `scenario.seed`), and `regions`, the experts of a layer that HBM may hold (else as many as fit). For a model with a
+    vision tower: `images` of each prompt, its first tokens.
     Raises UserError for what the target does not support, what fits no section, and choices that are not allowed.
     """
     if model.composition is not None:
+        if scenario.train:
+            raise UserError(f"{model.name}: target rdu does not train compositions")
         return map_composition(spec, model, scenario, mapping, partial(_map_one, apart=False))
     return _map_one(spec, model, scenario, mapping)
 
@@ -180,20 +186,22 @@ def _map_one(
 ) -> Mapped:
     """The program of one model. `apart`: each phase (prompt, tokens) has weights of its own, in its order."""
     notes = []
-    total = scenario.context + scenario.prompt + scenario.generate
+    total = scenario.context + scenario.prompt + scenario.generate + scenario.train
     if model.position == "rotary" and model.positions is not None and total > model.positions:
         # There is an angle for every position: it is the training that ends there, not the model.
         notes.append(
             f"{total} tokens are more than the {model.positions} positions that {model.name} is made for"
         )
         model = replace(model, positions=None)
-    own = mixture.KEYS if model.experts else ()
+    own = (mixture.KEYS if model.experts else ()) + (vision.KEYS if model.vision is not None else ())
     document = document_of(spec, mapping, own) | {k: v for k, v in (mapping or {}).items() if k in own}
     mapper = _Mapper(spec, model, scenario, document, apart)
     mapper.notes += notes
     mapper.plan()
     others = {"unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"}}
-    if not scenario.prompt:  # whose kernels are long beside any launch, and take long to simulate
+    if (
+        scenario.generate and not scenario.prompt
+    ):  # whose kernels are long beside any launch, and take long to simulate
         other = "host" if mapper.document["orchestration"] == "hardware" else "hardware"
         others["unfused, hardware"] = {**others["unfused"], "orchestration": "hardware"}
         others[other] = {"orchestration": other}
@@ -296,6 +304,13 @@ class _Mapper:
             tokens = scenario.batch * (scenario.prompt + scenario.generate)
             self.trace = mixture.Trace.read(document, model, tokens, scenario.seed)
             document["requests"] = self.trace.experts
+        if model.vision is not None:
+            if not apart:
+                raise UserError(
+                    f"{model.name}: target rdu does not support compositions of models with images; allowed: text alone"
+                )
+            document["images"] = vision.count(document, model, scenario.prompt)
+        self.images: int = document.get("images", 0)
         if model.sub_norms or model.qk_norm:
             raise UserError(f"{model.name}: target rdu does not support norms within attention and MLP")
         if not spec.pcu.systolic and scenario.prompt:
@@ -309,6 +324,7 @@ class _Mapper:
         self.assumed: list[str] = []
         self._phases: dict[str, tuple[list[int], int]] = {}
         self._most = -1
+        self._most_rows = 0
         self.notes: list[str] = []
         self.infos: list[TagInfo] = []
         self.tags: list[str] = []
@@ -325,16 +341,15 @@ class _Mapper:
     def plan(self) -> None:
         """All kernels and launches."""
         s, m = self.scenario, self.model
-        lanes = self.p.lanes
         total = s.context + s.prompt + s.generate
         if s.prompt:
             prefill(m, prompt=s.prompt, context=s.context, batch=s.batch)
         if s.generate:
             decode_step(m, context=total - 1, batch=s.batch)
-        self.pitch = (
-            (ceil_div(max(total, s.context + s.prompt + self.document["granule"]), 4 * lanes) + 4) * 4 * lanes
-        )
+        self.pitch = self._room(max(total, s.context + s.prompt + self.document["granule"]))
         step = 0
+        if s.train:
+            self._train(step)
         if s.prompt:
             self._prompt(step)
             step += 1
@@ -344,6 +359,10 @@ class _Mapper:
         self.memory = self._lay_out()
         self._number_tags()
         self._report()
+
+    def _room(self, tokens: int) -> int:
+        """Tokens that a cache has room for, with what blocks of rows are padded by."""
+        return (ceil_div(tokens, 4 * self.p.lanes) + 4) * 4 * self.p.lanes
 
     def _limits(self, percent: int) -> Limits:
         return Limits.of(self.p, Fraction(self.document["percent"] or percent, 100))
@@ -395,8 +414,11 @@ class _Mapper:
             last = kernels(ops[tail:], [], ["z"])
         else:
             layers = kernels(ops[:first], ops[first:], ["z"]) + kernels(ops[first:], [], ["z"])
+        image = self._image_kernels() if self.images else ([], [], [])
         for b in range(s.batch):
-            self._embed(step, s.prompt)
+            for i in range(self.images):
+                self._image(image, step, b, i)
+            self._embed(step, s.prompt - self.images * (m.vision.tokens if m.vision is not None else 0))
             for layer in range(m.layers):
                 for k in layers:
                     slot = {name: b * self._cache_bytes() for name in ("keys", "values")}
@@ -404,6 +426,66 @@ class _Mapper:
                 if m.experts:
                     self._prompt_mixture(expert, last, step, b, layer, asked[b * m.layers + layer], rows)
             self._head(step)
+
+    def _image_kernels(self) -> tuple[list[int], list[int], list[int]]:
+        """The kernels before the tower's layers, of a layer, and behind them."""
+        seen = self.model.vision
+        assert seen is not None
+        lanes, rows = self.p.lanes, seen.tokens + 1
+        keys = ceil_div(rows, 4 * lanes) * 4 * lanes
+
+        def kernels(
+            model: ModelConfig, some: Sequence[Op], later: Sequence[Op], result: str, rows: int = rows, **widths: int
+        ) -> list[int]:  # fmt: skip
+            def plan(some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits) -> Choice | None:
+                return plan_rows(
+                    self.p, Share(model, self.share.sockets), some, keep, limits, rows=rows, keys=keys,
+                    pitch=self._room(rows + self.document["granule"]), context=0, window=None,
+                    groups=self.document["groups"] or None, attended=rows, widths=widths,
+                )  # fmt: skip
+
+            return [
+                self._kernel(vision.PHASE, choice, partial(plan, choice.ops, choice.keep))
+                for choice in self._cut(some, kept(some, later, [result]), plan, "an image")
+            ]
+
+        tower, widths = seen.tower, vision.widths(seen)
+        ops = layer_operators(tower, self.share.sockets)
+        first = [op.kind for op in ops].index("attention")
+        before = kernels(tower, vision.embedding(), [], "z", **{vision.PIXELS: widths[vision.PIXELS]})
+        layer = kernels(tower, ops[:first], ops[first:], "z") + kernels(tower, ops[first:], [], "z")
+        behind = kernels(
+            vision.projector_model(seen), vision.projector(self.share.sockets), [], "w", seen.tokens, **widths
+        )
+        self.assumed.append(
+            f"{self.images} of the prompt's parts are images, of {seen.tokens} tokens each, its first ones; the host cuts "
+            "them into patches, which are in HBM at the start"
+        )
+        return before, layer, behind
+
+    def _image(
+        self, kernels: tuple[list[int], list[int], list[int]], step: int, sequence: int, image: int
+    ) -> None:
+        """An image's patches through the tower, to its rows of the prompt."""
+        seen = self.model.vision
+        assert seen is not None
+        layers = seen.tower.layers
+        extents = {
+            t: n for some in kernels for k in some for t, n in self.kernels[k].choice.line.extents.items()
+        }
+        at = image * seen.tokens * self.model.d_model * BF16_BYTES
+        self._most_rows = max(self._most_rows, at + extents["w"])
+        before, layer, behind = kernels
+        for depth, some in ((-1, before), *((i, layer) for i in range(layers)), (layers, behind)):
+            for k in some:
+                arguments = self.kernels[k].choice.line.arguments
+                self.launches.append(
+                    Launch(
+                        k, self._tag(k, depth if depth < layers else -1), step, depth,
+                        {vision.PIXELS: (sequence * self.images + image) * extents[vision.PIXELS]},
+                        where={r: ("x", at + r.offset) for r in arguments if depth == layers and r.tensor == "w"},
+                    )
+                )  # fmt: skip
 
     def _prompt_mixture(
         self, expert: list[int], last: list[int], step: int, b: int, layer: int,
@@ -435,6 +517,82 @@ class _Mapper:
                 if r.tensor.startswith(SLOT)
             }
             self.launches.append(Launch(k, self._tag(k, layer), step, layer, where=where))
+
+    def _train(self, step: int) -> None:
+        """A step of training: forward through all layers, backward through them, and the optimizer on each one's weights."""
+        s, m, p = self.scenario, self.model, self.p
+        train.check(self.share, p.lanes)
+        if s.batch > 1:
+            raise UserError(
+                f"--batch must be 1 with --train, not {s.batch}: gradients are those of one sequence"
+            )
+        if s.train % (2 * p.lanes):
+            raise UserError(f"--train must be a multiple of {2 * p.lanes}, twice the lanes, not {s.train}")
+        prefill(m, prompt=s.train)
+        self.limits = self._limits(PROMPT_PERCENT)
+        self.pitch = s.train
+        sockets = self.share.sockets
+        gradients, names = train.weight_gradients(m), train.parameters(m)
+
+        def plan(
+            some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits, rows: int = s.train
+        ) -> Choice | None:
+            # What memory binds has many streams, which share its channels evenly.
+            wide = train.WIDE if all(op.kind in train.ELEMENTS for op in some) else (None,)
+            for groups in (self.document["groups"],) if self.document["groups"] else wide:
+                found = plan_rows(
+                    p, self.share, some, keep, limits, rows=rows, keys=s.train, pitch=s.train, context=0, window=None,
+                    groups=groups, attended=s.train, builder=train.Training,
+                )  # fmt: skip
+                if found is not None:
+                    return found
+            return None
+
+        def kernels(
+            some: Sequence[Op], later: Sequence[Op], result: Sequence[str] = (), rows: int = s.train
+        ) -> list[int]:
+            """Sections; one whose streams wait behind one another is cut in two."""
+            own = partial(plan, rows=rows)
+            out = []
+            for choice in self._cut(some, kept(some, later, result), own, "a step of training"):
+                k = self._kernel(train.PHASE, choice, partial(own, choice.ops, choice.keep))
+                half = len(choice.ops) // 2
+                if self.kernels[k].blocked and half:
+                    self.kernels.pop()
+                    out += kernels(choice.ops[:half], choice.ops[half:], choice.keep, rows)
+                    out += kernels(choice.ops[half:], (), choice.keep, rows)
+                else:
+                    out.append(k)
+            return out
+
+        ops = train.forward(m, sockets)
+        groups = train.backward(m, sockets)
+        first = [op.kind for op in ops].index("attention")
+        saved = (*train.SAVED, "z")
+        forth = kernels(ops[:first], ops[first:], saved) + kernels(ops[first:], [], saved)
+        back = []
+        for i, some in enumerate(groups):
+            back += kernels(some, [op for later in groups[i + 1 :] for op in later] + gradients, ["dx"])
+        for op in gradients:
+            rows, columns = train.shape(self.share, op.writes[0].split(".")[0], p.lanes)
+            if op.kind == "column_sum":  # whose rows are columns, a block each
+                back += kernels([op], [], (), columns * p.lanes * p.lanes)
+            else:
+                back += kernels([op], [], op.writes, rows)
+        for name in names:
+            rows = train.shape(self.share, name, p.lanes)[0]
+            result = [f"{name}.{t}" for t in ("first.new", "second.new", "master.new", "copy")]
+            back += kernels(train.optimizer(name), [], result, rows)
+        self._embed(step, s.train)
+        for layer in range(m.layers):
+            self.launches += [Launch(k, self._tag(k, layer), step, layer) for k in forth]
+        for layer in reversed(range(m.layers)):
+            self.launches += [Launch(k, self._tag(k, layer), step, layer) for k in back]
+        self.assumed.append(
+            "a step is that of the layers: the gradient of what the last one gives is there, without LM head and loss; "
+            "the embedding's is not followed further"
+        )
+        self.assumed.append("AdamW keeps weights and both moments in float32; gradients are bfloat16")
 
     def _token(self, step: int, i: int) -> None:
         s, m, p = self.scenario, self.model, self.p
@@ -628,7 +786,7 @@ class _Mapper:
             self.launches.append(Launch(k, "lm_head", step, -1, slot))
 
     def _embed(self, step: int, rows: int) -> None:
-        if self.scenario.embedding:
+        if self.scenario.embedding and rows:
             self.launches.append(Launch(-rows, "embedding", step, -1))
 
     def _cut(
@@ -673,14 +831,17 @@ class _Mapper:
         tried, too, where a link has much more than its capacity.
         """
         start = time.monotonic()
+        rows = phase in ("prompt", vision.PHASE, train.PHASE)
+        own = f"{phase}_" if phase == vision.PHASE else ""
         limits = self.limits
         best: tuple[tuple[int, Fraction], Choice, Built] | None = None
         while True:
             for seed in range(self.document["seed"], self.document["seed"] + TRIES):
                 section = Section(self.p, f"{phase} {_name(choice)}")
+                choice.line.prefix = own
                 choice.line.into(section, choice.ticks(self.p))
                 try:
-                    at = choice.line.places() if phase == "prompt" else None
+                    at = choice.line.places() if rows else None
                     built = section.build(seed=seed, moves=self.document["moves"] or None, at=at)
                 except UserError:  # more streams on a link than it has flows
                     continue
@@ -701,7 +862,8 @@ class _Mapper:
                 f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
             )
         (blocked, _), choice, built = best
-        self.kernels.append(Kernel(_name(choice), phase, choice, built, time.monotonic() - start, blocked))
+        name = own + _name(choice)
+        self.kernels.append(Kernel(name, phase, choice, built, time.monotonic() - start, blocked))
         return len(self.kernels) - 1
 
     def _held_back(self, kernel: Kernel) -> Kernel:
@@ -717,9 +879,9 @@ class _Mapper:
         return replace(kernel, built=built, blocked=_blocked(built, line))
 
     def _tag(self, kernel: int, layer: int) -> str:
-        return f"layer {layer} {self.kernels[kernel].phase.split()[0]} {self.kernels[kernel].name}".replace(
-            " ", "_"
-        )
+        own = self.kernels[kernel]
+        named = own.name if own.phase == vision.PHASE else f"{own.phase.split()[0]} {own.name}"
+        return (named if layer < 0 else f"layer {layer} {named}").replace(" ", "_")
 
     # ---- tags, addresses, notes ---------------------------------------------------------------------
 
@@ -732,7 +894,8 @@ class _Mapper:
                 name = "move rows"
             else:
                 name = self.kernels[launch.kernel].name if launch.kernel >= 0 else "embedding"
-            seen.setdefault(launch.tag, TagInfo(launch.tag.replace("_", " "), name, launch.layer))
+            layer = -1 if name.startswith(f"{vision.PHASE}_") else launch.layer  # it is the model's
+            seen.setdefault(launch.tag, TagInfo(launch.tag.replace("_", " "), name, layer))
         for kernel in self.kernels:
             for tag in kernel.built.tags:
                 seen.setdefault(tag, TagInfo(tag.replace("_", " "), tag, -1))
@@ -742,6 +905,15 @@ class _Mapper:
         """The part of the memory that a tensor belongs to, its key there, and its bytes."""
         size = kernel.choice.line.extents[tensor]
         tier = kernel.choice.line.tiers[tensor]
+        if kernel.phase == train.PHASE:
+            return *train.place(tensor, layer), size
+        if kernel.phase == vision.PHASE:
+            if tensor in ("x", "z"):  # the kernels before the first layer have number -1
+                return "rows", ("rows", f"vision {'xz'[(layer + (tensor == 'z')) % 2]}", -1), self._widest
+            if tensor in ("keys", "values"):  # of one layer at a time
+                return "cache", ("cache", f"vision {tensor}", -1), size
+            if tensor == vision.PIXELS:
+                return "rows", ("rows", tensor, -1), size
         if tensor in ("x", "z") and layer >= 0:  # a layer reads what the one before wrote
             return "rows", ("rows", "xz"[(layer + (tensor == "z")) % 2], -1), self._widest
         if tensor == "x":
@@ -790,7 +962,7 @@ class _Mapper:
             for part, phases in named.items():
                 first = end = self.used[tier]
                 # The head's weights are no layer's.
-                common = phases.pop("head", {})
+                common = {**phases.pop("head", {}), **phases.pop(vision.PHASE, {})}
                 for group in phases.values():
                     at = first
                     for key, size in group.items():
@@ -928,7 +1100,7 @@ class _Mapper:
     @staticmethod
     def _is_row(tensor: str) -> bool:
         """Whether a tensor holds rows between sections; in a mixture each slot has its own."""
-        return tensor.split(".")[0] in ACTIVATIONS
+        return tensor.split(".")[0] in ACTIVATIONS and not tensor.endswith(PARAMETERS)
 
     def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
         """The first byte of a tensor."""
@@ -947,6 +1119,7 @@ class _Mapper:
                 ),
                 default=0,
             ) * max(1, self.scenario.batch)
+            self._most = max(self._most, self._most_rows)
         return self._most
 
     def _arguments(self, launch: Launch) -> dict[int, int]:

@@ -9,7 +9,7 @@ kept element by element, the tokens side by side: [layer][keys, values][head][el
 keys as the array wants them (tokens side by side), and values by writing across its banks (elements side by side).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import ADDRESS_BITS, LEVELS, RduParams
+from tilewright.mappers.rdu.allocate import Demand
 from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 from tilewright.workloads.models import ModelConfig
 
 __all__ = [
     "CHOSEN", "LOWEST", "SLOT", "Bank", "Op", "Rows", "Share", "Tiles", "Vectors", "cached", "expert_operators",
-    "layer_operators",
+    "layer_operators", "summed",
 ]  # fmt: skip
 
 LOWEST = -1e30
@@ -38,6 +39,7 @@ SLOT = "slot"
 """The numbers of the experts in each slot, a word each row."""
 UNITS = float(1 << 23)
 """A float whose last bit counts ones: an integer below it, in those bits, is added to it."""
+QUICK_GELU = 1.702
 GELU_CUBIC = 0.044715
 GELU_SCALE = float(2 * np.sqrt(2 / np.pi))
 Matrix = list[Flow]
@@ -107,6 +109,14 @@ class Op:
     """In a mixture, which of a token's experts it belongs to: its weights are those of whichever was chosen."""
 
 
+def summed(op: Op, sockets: int) -> list[Op]:
+    """An operator whose result is a sum over sockets."""
+    if sockets == 1:
+        return [op]
+    part = f"{op.writes[0]}_part"
+    return [replace(op, writes=(part,)), Op(f"{op.name}_reduce", "reduce", (part,), op.writes)]
+
+
 def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False) -> list[Op]:
     """The operators of a layer in order, from matrix `x` to matrix `z`.
 
@@ -117,18 +127,12 @@ def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False
     m = model
     inner = ("gate", "up") if m.gated_mlp else ("up",)
 
-    def summed(op: Op) -> list[Op]:
-        if sockets == 1:
-            return [op]
-        part = f"{op.writes[0]}_part"
-        return [replace(op, writes=(part,)), Op(f"{op.name}_reduce", "reduce", (part,), op.writes)]
-
     def attention(x: str) -> list[Op]:
         return [
             Op("qkv", "product", (x,), ("qkv",)),
             Op("rotary", "positions", ("qkv",), ("q",)),
             Op("attention", "attention", ("q", "qkv") if token else ("q",), ("a",)),
-            *summed(Op("attention_out", "product", ("a",), ("o",))),
+            *summed(Op("attention_out", "product", ("a",), ("o",)), sockets),
         ]
 
     def mlp(x: str) -> list[Op]:
@@ -137,12 +141,12 @@ def layer_operators(model: ModelConfig, sockets: int = 1, *, token: bool = False
             return [
                 Op("router", "product", (x,), ("r",)),
                 *(op for i in slots for op in expert_operators(m, i, x)),
-                *summed(Op("mixture", "mixture", ("r", *(f"e.{i}" for i in slots)), ("w",))),
+                *summed(Op("mixture", "mixture", ("r", *(f"e.{i}" for i in slots)), ("w",)), sockets),
             ]
         return [
             *(Op(name, "product", (x,), (f"{name}_out",)) for name in inner),
             Op("activation", "activation", tuple(f"{name}_out" for name in inner), ("f",)),
-            *summed(Op("down", "product", ("f",), ("w",))),
+            *summed(Op("down", "product", ("f",), ("w",)), sockets),
         ]
 
     if m.parallel_attention:
@@ -206,6 +210,10 @@ class Rows:
         Tokens that are attended to, and tokens that the cache has room for.
     context : int
         Tokens before the first row; a multiple of the lanes.
+    attended : int
+        Of an encoder: tokens that there are, the rest of the keys is padding; by default all keys.
+    widths : dict of int
+        Columns of matrices that are not what `columns` says.
     """
 
     def __init__(
@@ -218,11 +226,51 @@ class Rows:
         pitch: int = 0,
         context: int = 0,
         window: int | None = None,
+        attended: int | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> None:
         self.p, self.share, self.model, self.tiles = params, share, share.model, tiles
+        self.attended, self.widths = attended or keys, widths or {}
         self.keys, self.pitch, self.context, self.window = keys, pitch or keys, context, window
         self.line = Pipeline(params, groups=tiles.groups, blocks=tiles.blocks)
         self.at: dict[str, Matrix] = {}
+
+    DIRECT: tuple[str, ...] = ()
+    """Kinds of operators that load what they read themselves."""
+
+    def words(self, tensor: str) -> bool:
+        """Whether a matrix is float32 off chip."""
+        return False
+
+    def demand(self, op: Op) -> tuple[Demand, int] | None:
+        """Units that a product needs, and their gates; None for other operators. Raises UserError where none suffice."""
+        if op.kind != "product":
+            return None
+        depth, columns = self.columns(op.reads[0]), self.columns(op.writes[0])
+        parts = 1 if op.reads[0] == "a" else self.parts(depth)
+        outs = 1 if op.writes[0] == "qkv" else self.parts(columns)
+        return self._demand(op.name, depth // parts, ceil_div(columns // outs, self.p.stages), outs * parts)
+
+    def _demand(self, name: str, depth: int, strips: int, pieces: int, grain: int = 1) -> tuple[Demand, int]:
+        """Each of `pieces` products of `depth` has `strips` of `grain` strips."""
+        most = self.held(depth, grain)  # that a PMU holds
+        if not most:
+            raise UserError(f"{name}: {depth} rows of {self.p.stages * grain} columns are too many for a PMU")
+        least = ceil_div(strips, most)
+        return Demand(
+            name, "pcu", strips * pieces, depth * grain * self.tiles.blocks, least=least * pieces,
+            most=min(strips, max(least, MEETING)) * pieces,
+        ), pieces  # fmt: skip
+
+    def held(self, depth: int, grain: int = 1) -> int:
+        """Strips of a product's weights, `grain` at a time, that a memory unit holds."""
+        return self.line.capacity // (depth * self.p.stages * grain)
+
+    def split(self, name: str, strips: int, pieces: int) -> tuple[int, int]:
+        """Strips of a unit, and units, of one of a product's pieces."""
+        units = max(1, min(strips, ceil_div(self.tiles.units.get(name, 1), pieces)))
+        each = ceil_div(strips, units)
+        return each, ceil_div(strips, each)
 
     def build(self, ops: Sequence[Op], keep: Iterable[str], layer: str = "") -> Pipeline:
         """All units and streams of `ops`; matrices named in `keep` go to memory."""
@@ -232,7 +280,7 @@ class Rows:
             for t in op.reads:
                 readers.setdefault(t, []).append(i)
         for op in ops:
-            for t in op.reads:
+            for t in op.reads if op.kind not in self.DIRECT else ():
                 if t not in self.at:
                     if t in written:
                         raise UserError(f"operator {op.name} reads {t} before it is written")
@@ -257,7 +305,7 @@ class Rows:
             "up_out": s.inner,
             "r": m.experts,
         }
-        return known.get(tensor.split(".")[0], m.d_model)
+        return {**known, **self.widths}.get(tensor.split(".")[0], m.d_model)
 
     def parts(self, columns: int) -> int:
         """Equal ranges of a matrix's columns, so that a PMU holds the buffers of one."""
@@ -281,7 +329,11 @@ class Rows:
                 out.append(self.line.turned(f"{name}.turned", "load", flow, to_rows=False))
                 continue
             offset = i * (columns // parts) * column
-            flow = self.line.load(name, "load", tensor, columns // parts, offset=offset, row=columns * column)
+            words = self.words(tensor)
+            flow = self.line.load(
+                name, "load", tensor, columns // parts, offset=offset * (1 + words),
+                row=columns * column * (1 + words), words=words,
+            )  # fmt: skip
             out.append(self.line.admitted(name, "load", flow))
         return out
 
@@ -307,8 +359,9 @@ class Rows:
                 "store",
                 out,
                 tensor,
-                offset=i * flow.columns * column,
-                row=columns * column,
+                offset=i * flow.columns * column * (1 + self.words(tensor)),
+                row=columns * column * (1 + self.words(tensor)),
+                words=self.words(tensor),
             )
 
     def by_row(self, tensor: str) -> bool:
@@ -447,17 +500,13 @@ class Rows:
         result = []
         for o in range(outs):
             n = columns // outs
-            strips = ceil_div(n, self.p.stages)
-            units = max(1, min(strips, ceil_div(self.tiles.units.get(name, 1), outs * len(x))))
-            each = ceil_div(strips, units)
-            units = ceil_div(strips, each)
+            each, units = self.split(name, ceil_div(n, self.p.stages), outs * len(x))
             sums = []
             for i, part in enumerate(x):
                 # Each product has its own copy of the rows, which it can hold back.
                 at = f"{name}.{o}.{i}"
                 r = line.read(f"{at}.x", name, part, [(part.columns, 1), (each, 0)])
-                tensor = f"{at}.w" if op.slot is None else f"{weights_of(op)}.{at}.w"
-                w = line.weights(at, name, tensor, part.columns, each, units, self.tiles.gates)
+                w = self._weights(op, at, (i * part.columns, o * n), part.columns, n, each, units)
                 sums.append(line.product(at, name, r, part.columns, each, w, n, rounded=whole))
             if whole:
                 if self.share.sockets > 1 or op.writes[0] == "qkv":  # several read it: many streams end here
@@ -482,6 +531,13 @@ class Rows:
                 )
             )
         self.at[op.writes[0]] = result
+
+    def _weights(
+        self, op: Op, at: str, first: tuple[int, int], depth: int, columns: int, strips: int, units: int
+    ) -> list[list[str]]:  # fmt: skip
+        """Memory units with the weights of a piece of a product, whose rows and columns begin at `first`."""
+        tensor = f"{at}.w" if op.slot is None else f"{weights_of(op)}.{at}.w"
+        return self.line.weights(at, op.name, tensor, depth, strips, units, self.tiles.gates)
 
     def _positions(self, op: Op) -> None:
         """Rotary positions where the model has them; keys and values go to the cache."""
@@ -634,9 +690,10 @@ class Rows:
             out += some
         return out
 
-    def _masked(self, first: int, head: int) -> list[dict[str, Any]]:
+    def _masked(self, first: int, head: int, turned: bool = False) -> list[dict[str, Any]]:
         """Stages that scale the score in register 0, and mask it where key `first` + counter 0 is none of its row's.
 
+        Where they are `turned`, the rows are those of the keys, and the columns of the queries.
         The result is in register 4, registers 5 to 7 are used.
         """
         m, lanes = self.model, self.p.lanes
@@ -674,7 +731,7 @@ class Rows:
                 "type": "int32",
                 "a": 5,
                 "b_from": "constant",
-                "constant": self.keys,
+                "constant": self.attended,
                 "c": 0,
                 "to": 6,
             }
@@ -708,7 +765,7 @@ class Rows:
                 "to": 6,
                 "group": lanes,
             },
-            stage("less", 6, 5, 7, **whole),
+            stage("less", 5, 6, 7, **whole) if turned else stage("less", 6, 5, 7, **whole),
         ]
         if self.window is not None:
             out += [
@@ -806,6 +863,10 @@ def _activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any
     gate = [stage("multiply", 0, 1, 5)] if gated else [stage("pass", 0, 0, 5)]
     if activation == "silu":
         return gate, {"result": 0, "function": "sigmoid", "gated": 1, "gate": 5}
+    if activation == "quick_gelu":
+        return [*gate, stage("multiply", 0, QUICK_GELU, 4)], {
+            "result": 4, "function": "sigmoid", "gated": 1, "gate": 5,
+        }  # fmt: skip
     if activation in ("gelu", "gelu_tanh"):  # (1 + tanh(z)) / 2 = sigmoid(2 z)
         return [
             *gate,
@@ -829,6 +890,7 @@ def _biased(model: ModelConfig, name: str) -> bool:
         "attention_out": model.attention_out_bias,
         "lm_head": False,
         "router": False,
+        "patches": False,
     }.get(name, model.mlp_bias)
 
 
@@ -891,14 +953,14 @@ def weights_of(op: Op) -> str:
 
 def cached(
     line: Pipeline, name: str, tag: str, what: str, heads: int, dim: int, width: int, chunks: int, pitch: int,
-    offset: int, strip: int, gates: int, copies: int = 1,
+    offset: int, strip: int, gates: int, copies: int = 1, tensor: str = "",
 ) -> list[list[list[str]]]:  # fmt: skip
     """Memory units with the "keys" or "values" of heads of `dim` elements: one for each head, and chunk of `width` tokens.
 
     They give strips of `strip` tokens, element after element, or strips of elements, token after token. The cache, whose
     elements are `pitch` tokens apart, begins at `offset` bytes; at most `gates` gates to memory load it, each some heads,
     or some chunks of one, unless more are needed for their addresses. There are `copies` of each unit, one for each that
-    reads it.
+    reads it. Of a `tensor`, if it is given: what tells the order alone.
     """
     p = line.p
     keys = what == "keys"
@@ -932,7 +994,7 @@ def cached(
             first = h % step == 0 and k % span == 0
             if first:
                 gate = line.gate(
-                    f"{name}.{h}.{k}.load", tag, "load", "hbm", what,
+                    f"{name}.{h}.{k}.load", tag, "load", "hbm", tensor or what,
                     offset + h * head_bytes + k * width * BF16_BYTES,
                     [
                         (tokens, p.lanes * BF16_BYTES), (dim, pitch * BF16_BYTES), (span, width * BF16_BYTES),

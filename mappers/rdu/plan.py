@@ -4,14 +4,15 @@ A section is built for a choice of tiles, counted, and its busiest unit found; n
 For products, which take most units, shares come from `allocate`: the least interval that the rest of the units allows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import TIERS, RduParams
 from tilewright.mappers.rdu.allocate import Demand, Operator, allocate, cut_sections
-from tilewright.mappers.rdu.layer import MEETING, Op, Rows, Share, Tiles, Vectors
+from tilewright.mappers.rdu.layer import Op, Rows, Share, Tiles, Vectors
 from tilewright.mappers.rdu.stages import Pipeline, ceil_div
 
 __all__ = ["Choice", "Limits", "cut", "plan_rows", "plan_vectors"]
@@ -98,24 +99,31 @@ def _round_even(n: int) -> int:
 
 def plan_rows(
     p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, *, rows: int, keys: int,
-    pitch: int, context: int, window: int | None, groups: int | None = None,
+    pitch: int, context: int, window: int | None, groups: int | None = None, attended: int | None = None,
+    widths: Mapping[str, int] | None = None, builder: type[Rows] = Rows,
 ) -> Choice | None:  # fmt: skip
     """The tiles with which a section over `rows` rows takes the fewest ticks; None if it fits with none."""
+
+    def make(tiles: Tiles, keys: int) -> Rows:
+        return builder(
+            p, share, tiles, keys=keys, pitch=pitch, context=context, window=window, attended=attended, widths=widths
+        )  # fmt: skip
+
     found: list[Choice] = []
-    names = {op.name for op in ops}
     words = p.banks * p.bank_words
+    attends = any(op.kind.startswith("attention") for op in ops)
     dim = 1 << (share.model.head_dim - 1).bit_length()
     for g in (groups,) if groups else GROUPS:
         blocks = _round_even(ceil_div(ceil_div(rows, p.lanes), g))
         if g > 1 and g > ceil_div(rows, p.lanes):
             break
-        least = ceil_div(keys, words // dim // p.lanes * p.lanes) if "attention" in names else 1
-        for chunks in sorted({least + i for i in (0, 1, 2, 4, 6, 8)}) if "attention" in names else (1,):
+        least = ceil_div(keys, words // dim // p.lanes * p.lanes) if attends else 1
+        for chunks in sorted({least + i for i in (0, 1, 2, 4, 6, 8)}) if attends else (1,):
             padded = ceil_div(keys, chunks * p.lanes) * chunks * p.lanes
             if padded > pitch:
                 continue
             tiles = Tiles(groups=g, blocks=blocks, units={}, chunks=chunks)
-            choice = _fill(p, share, ops, keep, limits, tiles, padded, pitch, context, window)
+            choice = _fill(p, share, ops, keep, limits, tiles, partial(make, keys=padded))
             if choice is not None:
                 found.append(choice)
     if not found:
@@ -127,34 +135,24 @@ def plan_rows(
 
 
 def _fill(
-    p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, tiles: Tiles, keys: int,
-    pitch: int, context: int, window: int | None,
+    p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, tiles: Tiles,
+    make: Callable[[Tiles], Rows],
 ) -> Choice | None:  # fmt: skip
     """A section whose products take what the other stages leave."""
 
     def build(t: Tiles) -> Pipeline:
-        return Rows(p, share, t, keys=keys, pitch=pitch, context=context, window=window).build(ops, keep)
+        return make(t).build(ops, keep)
 
-    rows = Rows(p, share, tiles)
+    rows = make(tiles)
     demands, gates = [], 0
     for op in ops:
-        if op.kind != "product":
-            continue
-        depth, columns = rows.columns(op.reads[0]), rows.columns(op.writes[0])
-        parts = 1 if op.reads[0] == "a" else rows.parts(depth)
-        outs = 1 if op.writes[0] == "qkv" else rows.parts(columns)
-        strips = ceil_div(columns // outs, p.stages)
-        most = rows.line.capacity // (depth // parts * p.stages)  # strips that a PMU holds
-        if not most:
+        try:
+            found = rows.demand(op)
+        except UserError:
             return None
-        demands.append(
-            Demand(
-                op.name, "pcu", strips * outs * parts, depth // parts * tiles.blocks,
-                least=ceil_div(strips, most) * outs * parts,
-                most=min(strips, max(ceil_div(strips, most), MEETING)) * outs * parts,
-            )
-        )  # fmt: skip
-        gates += outs * parts
+        if found is not None:
+            demands.append(found[0])
+            gates += found[1]
     try:
         first = build(replace(tiles, units={d.name: d.least for d in demands}))
     except UserError:
@@ -166,12 +164,12 @@ def _fill(
         )
         # Products that are faster than a memory, or than another stage, would only wait for it.
         at_least = max(others, _memory_ticks(p, first))
-        found = allocate(demands, {"pcu": (limits.pcu - fixed) // tiles.groups}, at_least=at_least)
-        if found is None:
+        shares = allocate(demands, {"pcu": (limits.pcu - fixed) // tiles.groups}, at_least=at_least)
+        if shares is None:
             return None
         spare = limits.agcu - first.count("agcu") + gates
-        tiles = replace(tiles, units=found.units, gates=max(1, spare // gates))
-    if "attention" in {op.name for op in ops}:
+        tiles = replace(tiles, units=shares.units, gates=max(1, spare // gates))
+    if any(op.kind.startswith("attention") for op in ops):
         left = limits.agcu - first.count("agcu")
         tiles = replace(tiles, cache_gates=max(1, min(share.kv_heads, left // 8)))
         tiles = replace(tiles, gates=max(1, tiles.gates - ceil_div(2 * tiles.cache_gates, max(1, gates))))
@@ -191,7 +189,7 @@ def _fill(
     units = {d.name: tiles.units[d.name] for d in demands}
     return Choice(
         tuple(ops), tuple(keep), line,
-        {"groups": tiles.groups, "blocks": tiles.blocks, "chunks": tiles.chunks, "keys": keys, "units": units},
+        {"groups": tiles.groups, "blocks": tiles.blocks, "chunks": tiles.chunks, "keys": rows.keys, "units": units},
     )  # fmt: skip
 
 

@@ -135,6 +135,8 @@ class Pipeline:
         self.p, self.groups, self.blocks = params, groups, blocks
         self.capacity = params.banks * params.bank_words
         self.buffers = 2 if blocks > 1 else 1
+        self.prefix = ""
+        """Of the tags in a section, so that the same operators of other models are told apart."""
         self.units: dict[str, _Unit] = {}
         self.sinks: dict[str, list[tuple[str, int]]] = {}
         self.networks: dict[str, str] = {}
@@ -448,15 +450,18 @@ class Pipeline:
         offset: int = 0,
         row: int | None = None,
         column: int | None = None,
-        sign: bool = False,
+        words: bool = False,
     ) -> tuple[str, ...]:
         """Store a matrix of one source a group, as `load` finds it; `column` bytes from column to column."""
-        step = self.p.lanes * BF16_BYTES if column is None else column
+        step = self.p.lanes * (4 if words else BF16_BYTES) if column is None else column
         pitch = flow.columns * step if row is None else row
         names = []
         for g in range(self.groups):
             loops = [(flow.columns, step), (self.blocks, self.groups * pitch)]
-            unit = self.gate(f"{name}.{g}", tag, "store", tier, tensor, offset + g * pitch, loops)
+            unit = self.gate(
+                f"{name}.{g}", tag, "store", tier, tensor, offset + g * pitch, loops,
+                form="word" if words else "bf16",
+            )  # fmt: skip
             self.feed(flow.sources[g][0], unit)
             names.append(unit)
         return tuple(names)
@@ -805,7 +810,148 @@ class Pipeline:
         )  # fmt: skip
         return names
 
-    def broadcast(self, name: str, tag: str, tensor: str, length: int, *, offset: int = 0) -> Flow:
+    def striped(
+        self, name: str, tag: str, tensor: str, *, shape: tuple[int, int], first: tuple[int, int], depth: int,
+        columns: int, strips: int, units: int, gates: int,
+    ) -> list[list[str]]:  # fmt: skip
+        """`weights` from a matrix of `shape` that lies as `load` finds it, of `depth` rows and `columns` columns from `first`.
+
+        Rows come side by side, a packet of them for each column; the array takes columns side by side. So what is written
+        goes across the banks, a diagonal stripe.
+        """
+        lanes, c = self.p.lanes, self.p.stages
+        width = strips * c
+        row = 1 << (width - 1).bit_length()
+        if depth % lanes or first[0] % lanes:
+            raise UserError(f"{tensor}: {depth} rows from {first[0]} are no whole vectors of {lanes}")
+        own = min(width, columns)
+        loops = [(own, 1), (depth // lanes, lanes * row)]
+        bits = min(self.p.banks.bit_length() - 1, row.bit_length() - 1)
+        fields = {"skew_bits": bits, "skew_shift": row.bit_length() - 1, "write_lane_stride": row}
+        fields |= self.chain(name, "read_", [(depth, row), (strips, c), (self.blocks, 0)])
+        column = lanes * BF16_BYTES
+        steps = [(own, column), (depth // lanes, shape[1] * column)]
+        at = [first[1] + first_column(j, units, width, columns) for j in range(units)]
+        offsets = [(first[0] // lanes * shape[1] + k) * column for k in at]
+        return self._filled(name, tag, tensor, depth * row, loops, steps, offsets, fields, gates)
+
+    def across(
+        self, name: str, tag: str, tensor: str, *, shape: tuple[int, int], first: tuple[int, int], depth: int,
+        columns: int, strips: int, units: int, gates: int,
+    ) -> list[list[str]]:  # fmt: skip
+        """The same for the transposed matrix: `depth` columns and `columns` rows from (row, column) `first`, of which
+        each unit has whole vectors."""
+        lanes, c = self.p.lanes, self.p.stages
+        own = min(strips * c, columns)
+        if own % lanes or columns % lanes or first[0] % lanes:
+            raise UserError(
+                f"{tensor}: {columns} rows from {first[0]}, {own} a unit, are no whole vectors of {lanes}"
+            )
+        loops = [(depth, own), (own // lanes, lanes)]
+        fields = self.chain(name, "read_", [(depth, own), (strips, c), (self.blocks, 0)])
+        column = lanes * BF16_BYTES
+        steps = [(depth, column), (own // lanes, shape[1] * column)]
+        at = [first[0] + first_column(j, units, strips * c, columns) for j in range(units)]
+        offsets = [(k // lanes * shape[1] + first[1]) * column for k in at]
+        return self._filled(name, tag, tensor, depth * own, loops, steps, offsets, fields, gates)
+
+    def _filled(
+        self, name: str, tag: str, tensor: str, words: int, loops: Sequence[tuple[int, int]],
+        steps: Sequence[tuple[int, int]], offsets: Sequence[int], fields: Mapping[str, Any], gates: int,
+    ) -> list[list[str]]:  # fmt: skip
+        """A unit for each of `offsets` and group, filled once with `words` by `loops`, from memory by `steps`.
+
+        A gate fills units one after the other whose offsets are equally far apart.
+        """
+        if words > self.capacity:
+            raise UserError(f"unit {name}: {words} words exceed the {self.capacity} of a PMU")
+        most = min(ceil_div(len(offsets), gates), (1 << ADDRESS_BITS) // words)
+        shares: list[list[int]] = []
+        for j, offset in enumerate(offsets):
+            share = shares[-1] if shares else []
+            apart = {offsets[i + 1] - offsets[i] for i in share[:-1]} | {offset - offsets[j - 1]}
+            if share and len(share) < most and len(apart) == 1:
+                share.append(j)
+            else:
+                shares.append([j])
+        names = [[f"{name}.w{j}.{g}" for j in range(len(offsets))] for g in range(self.groups)]
+        for i, share in enumerate(shares):
+            step = offsets[share[1]] - offsets[share[0]] if len(share) > 1 else 0
+            gate = self.gate(
+                f"{name}.load{i}", tag, "load", "hbm", tensor, offsets[share[0]], [*steps, (len(share), step)]
+            )
+            self.loads.append(names[0][share[0]])
+            for at, j in enumerate(share):
+                for row in names:
+                    unit = self.unit(
+                        row[j], "pmu", tag, enable=3, low=at * words, words=words,
+                        **self.chain(name, "write_", [*loops, (len(share), words)]), write_signal_level=LEVELS,
+                        **fields, read_base=at * words, read_wait_level=LEVELS,
+                    )  # fmt: skip
+                    self.wire(f"{unit}.write", f"{unit}.read")
+                    self.filled.append(unit)
+                    self.resting.add(unit)
+                    self.feed(gate, unit)
+                    self.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
+        return names
+
+    def transposed(self, name: str, tag: str, tensor: str, *, rows: int, columns: int, strips: int) -> Flow:
+        """A matrix's transpose as `product` takes it, `strips` times a block: blocks of its columns, one packet for each of
+        its `rows`.
+
+        A block's columns come a packet each for some rows, and leave as rows: the buffer is a diagonal stripe.
+        """
+        lanes = self.p.lanes
+        if rows % lanes or columns % lanes:
+            raise UserError(f"{tensor}: {rows} rows of {columns} columns are no whole vectors of {lanes}")
+        size = rows * lanes
+        slot = 1 << (size - 1).bit_length()
+        count = self.p.banks.bit_length() - 1
+        apart = self.buffers > 1 and lanes <= self.p.banks // 2 and self.buffers * slot <= self.capacity
+        if not apart:
+            slot = size
+        if self.buffers * slot > self.capacity:
+            raise UserError(
+                f"buffer {name}: {self.buffers} x {rows} rows of {lanes} columns are more than the {self.capacity} words of "
+                "a PMU"
+            )
+        bits = {f"bank_bit{count - 1}": slot.bit_length() - 1} if apart else {}
+        shift = lanes.bit_length() - 1
+        column = lanes * BF16_BYTES
+        steps = [
+            (lanes, column),
+            (rows // lanes, columns * column),
+            (self.blocks, self.groups * lanes * column),
+        ]
+        gates = tuple(
+            (self.gate(f"{name}.in.{g}", tag, "load", "hbm", tensor, g * lanes * column, steps),)
+            for g in range(self.groups)
+        )
+        flow = self.admitted(name, tag, Flow(rows, gates, rows, gates))
+        write, read = [(lanes, 1), (rows // lanes, lanes * lanes)], [(rows, lanes), (strips, 0)]
+        names = []
+        for g in range(self.groups):
+            unit = self.unit(
+                f"{name}.{g}", "pmu", tag, enable=3, words=self.buffers * slot, **bits,
+                skew_bits=min(count - apart, shift), skew_shift=shift,
+                **self.chain(name, "write_", [*write, *self._rounds(slot)]), write_lane_stride=lanes,
+                **self.chain(name, "read_", [*read, *self._rounds(slot)]),
+                write_wait_level=len(write), write_signal_level=len(write),
+                read_wait_level=len(read), read_signal_level=len(read),
+            )  # fmt: skip
+            names.append(unit)
+            self.work[unit] = self.blocks * rows * strips
+            self.need(f"{unit}.read", f"{unit}.write")
+            self.feed(flow.sources[g][0], unit)
+            if self.blocks > 1:
+                for reader in flow.readers[g]:
+                    self.need(reader, f"{unit}.read", self.buffers)
+        every = tuple((unit,) for unit in names)
+        return Flow(rows * strips, every, rows * strips, tuple((f"{unit}.read",) for unit in names))
+
+    def broadcast(
+        self, name: str, tag: str, tensor: str, length: int, *, offset: int = 0, words: bool = False
+    ) -> Flow:
         """A vector of a word for each column (a gain, say), given to all lanes, once a block; units for each group."""
         names = [f"{name}.{g}" for g in range(self.groups)]
         fields = self.chain(name, "read_", [(length, 1), (self.blocks, 0)])
@@ -817,7 +963,8 @@ class Pipeline:
             "hbm",
             tensor,
             offset,
-            [(ceil_div(length, lanes), lanes * BF16_BYTES)],
+            [(ceil_div(length, lanes), lanes * (4 if words else BF16_BYTES))],
+            form="word" if words else "bf16",
         )
         held = ceil_div(length, lanes) * lanes
         for unit in names:
@@ -932,7 +1079,7 @@ class Pipeline:
         least = 2 * LEAST if self.loading else LEAST  # seen beside weights, which leave loads some room
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
-            getattr(section, u.kind)(name, tag=u.tag, **fields)
+            getattr(section, u.kind)(name, tag=self.prefix + u.tag, **fields)
         for source, sinks in self.sinks.items():
             # However rare a stream is, it counts beside one that claims the link.
             rate = min(Fraction(1), max(least, Fraction(self.packets(source), max(1, most))))

@@ -40,6 +40,8 @@ def run_roofline(spec: RooflineSpec, model: ModelConfig, scenario: Scenario, by_
     """
     if model.composition is not None:
         raise UserError(f"{model.name}: roofline {spec.name} does not support compositions of experts")
+    if scenario.train:
+        raise UserError(f"--train: roofline {spec.name} does not train models; allowed: specs of target rdu")
     from tilewright.sim.roofline import run_graph
 
     number, bits = _number_format(spec)

@@ -26,7 +26,8 @@ Sets = Annotated[
 Model = Annotated[str, Option(metavar="MODEL", help="Built-in model, or a Hugging Face config.json.")]
 Context = Annotated[int, Option(help="Tokens that are cached already.")]
 Prompt = Annotated[int, Option(help="Tokens to prefill.")]
-Generate = Annotated[int, Option(help="Tokens to generate.")]
+Generate = Annotated[int | None, Option(help="Tokens to generate; 1 unless given, 0 with --train.")]
+Train = Annotated[int, Option(help="Tokens of a sequence for a step of training; on rdu only.")]
 Batch = Annotated[int, Option(help="Sequences.")]
 Json = Annotated[str | None, Option(metavar=_FILE, help="Write JSON; - is stdout, and nothing else is.")]
 Csv = Annotated[str | None, Option(metavar=_FILE, help="Write the spans as CSV; - is stdout.")]
@@ -108,8 +109,9 @@ def run(
     model: Model,
     context: Context = 0,
     prompt: Prompt = 0,
-    generate: Generate = 1,
+    generate: Generate = None,
     batch: Batch = 1,
+    train: Train = 0,
     sets: Sets = None,
     json: Json = None,
     csv: Csv = None,
@@ -128,7 +130,9 @@ def run(
     from tilewright import commands
     from tilewright.arch.scenario import Scenario
 
-    counts = {"context": context, "prompt": prompt, "generate": generate, "batch": batch, "seed": seed}
+    steps = (0 if train else 1) if generate is None else generate
+    counts = {"context": context, "prompt": prompt, "generate": steps, "batch": batch, "seed": seed}
+    counts["train"] = train
     scenario = Scenario(**counts, lm_head=lm_head, embedding=embedding)
     files = {"json": json, "csv": csv, "mapping": mapping, "mapping_out": mapping_out, "trace": trace}
     files["svg"] = svg

@@ -51,6 +51,8 @@ def run(
     mapper = registry.room("mappers", slug)
     if model.composition is not None and not getattr(mapper, "COMPOSITIONS", False):
         raise UserError(f"{model.name}: target {slug} does not support compositions of experts")
+    if scenario.train and not getattr(mapper, "TRAINS", False):
+        raise UserError(f"--train: target {slug} does not train models; allowed: rdu")
     mapped = mapper.map_model(spec, model, scenario, chosen)
     if mapping_out is not None:
         with replacing(mapping_out) as file:
@@ -60,6 +62,9 @@ def run(
             raise UserError(f"--svg: there is no picture of how target {slug} is mapped")
         with replacing(svg) as file:
             file.write(mapped.draw())
+    notes = list(mapped.notes)
+    if model.vision is not None and not getattr(mapper, "IMAGES", False):
+        notes.append(f"{model.name}: its language model alone; target {slug} has no images")
     params = spec.params()
     simulate = cycle_model(slug)
     with progress_bar(f"{spec.name} {way}".rstrip() + ": steps") as progress:
@@ -83,7 +88,7 @@ def run(
         tick=spec.tick,
         assumed=spec.assumed(),
         choices=mapped.assumed,
-        notes=[*mapped.notes, *(mapped.conclude(timeline) if mapped.conclude is not None else ())],
+        notes=[*notes, *(mapped.conclude(timeline) if mapped.conclude is not None else ())],
         **of_timeline(
             timeline, mapped.tags, registry.room("arch", slug).energy(spec), by_step, mapped.step_of
         ),

@@ -109,6 +109,37 @@ def test_published_parameter_counts(name, total):
     assert load_model(name).parameters["total"] == total
 
 
+def test_the_vision_tower_of_llava():
+    # (588 of a patch + class token + 577 positions + a norm's 2) * 1024; 23 * (12*1024^2 + 13*1024); the projector:
+    # 1025*4096 + 4097*4096.
+    vision = load_model("llava-1.5-7b").vision
+    assert vision.parameters == 1_196_032 + 289_713_152 + 20_979_712
+    assert (vision.tower.layers, vision.tower.positions, vision.tower.activation) == (23, 577, "quick_gelu")
+    assert (vision.tokens, vision.patch_elements) == (576, 588)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_config": None}, "vision_config is null: a llava model needs it"),
+        ({"vision_config": 3}, "vision_config must be an object, not a number"),
+        ({"mm_vision_select_layer": 1}, "mm_vision_select_layer must be in -24..-1, not 1"),
+        ({"mm_vision_select_layer": -25}, "mm_vision_select_layer must be in -24..-1, not -25"),
+        ({"mm_projector_type": "linear"}, 'mm_projector_type must be "mlp2x_gelu", not'),
+        ({"vision_config": {"image_size": 335}}, "image_size 335 must be a multiple of patch_size 14"),
+        ({"vision_config": {"hidden_act": "quick"}}, "hidden_act 'quick' is unknown"),
+        ({"vision_config": {"model_type": "siglip"}}, "model_type 'siglip' is unknown"),
+        ({"vision_config": {"layer_norm_eps": None}}, "layer_norm_eps is null"),
+    ],
+)
+def test_towers_are_checked(read, change, message):
+    file = json.loads((CONFIGS / "llava-1.5-7b.json").read_text())
+    for key, value in change.items():
+        file[key] = file[key] | value if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=message):
+        read(file)
+
+
 def test_blocks_of_gpt2_xl():
     # The matrices alone: 12 * 48 * 1600^2 = 1,474,560,000; biases 9 d per layer; norms 4 d per layer and 2 d.
     parts = load_model("gpt2-xl").parameters
