@@ -354,7 +354,7 @@ def _decode(p, d, now):
             tag, wake = _system_wait(d, True, now)
         elif command[NOT_BEFORE] > now:
             cause, tag, wake = ARRIVAL, command[TAG], command[NOT_BEFORE]
-        elif command[REST] > 0 and one[RESUMED] != i and not (drive or gpu or link) and _all_rest(d, now):
+        elif command[REST] > 0 and one[RESUMED] != i and not (drive or link) and _all_rest(d, now):
             one[STOPPED] = 1
             return
         elif i == one[LIMIT]:
@@ -1035,7 +1035,7 @@ def _flash(p, d, now):
 @njit(cache=True)
 def run(p, d):
     """Execute commands, from tick NOW up to that of FINISH or PAUSE, or one in which a command with REST finds everything
-    at rest, or, STOPPED being 2, one in which the decoder would take the command LIMIT: in that tick nothing but the
+    at rest but the GPU, or, STOPPED being 2, one in which the decoder would take the command LIMIT: in that tick nothing but the
     decoder has acted. Or until the drive is STUCK."""
     one, f = d.one, d.flash
     kernels, channels = d.kernels.shape[0], f.next.shape[0]

@@ -62,7 +62,7 @@ OP, SLOT, HEADS, TOKENS, SPANS, FORM, FIRST, COUNT, AFTER, NOT_BEFORE, OPERATION
 SETTINGS = (*("attention", "d", "group", "r", "k", "local", "mean", "page_tokens", "page_channels", "span"),)
 ATTENTION, D, GROUP, R, K, LOCAL, MEAN, PAGE_TOKENS, PAGE_CHANNELS, SPAN = range(14, 24)
 PAGES, PAGES2, MASKS = range(24, 27)
-REST = 27  # the run may pause before it, if nothing is at work
+REST = 27  # the run may pause before it, if nothing but the GPU is at work
 CODE_COLUMNS = 28
 PLACED = (PAGES, PAGES2, MASKS, TAG, NOT_BEFORE, REST)  # where and when a command is, not what it does
 

@@ -31,14 +31,14 @@ assert [
 ] == [_ATTEND, _WRITE, _TRANSPOSE, _READ, _RECLAIM, _GPU]
 _BY_TOKENS, _BY_CHANNELS = range(2)
 assert (csd_state.TOKENS_FORM, csd_state.CHANNELS_FORM) == (_BY_TOKENS, _BY_CHANNELS)
-_SLOT, _HEADS, _TOKENS, _SPANS, _FORM, _FIRST, _COUNT, _TAG = 1, 2, 3, 4, 5, 6, 7, 13
+_SLOT, _HEADS, _TOKENS, _SPANS, _FORM, _FIRST, _COUNT, _AFTER, _TAG = 1, 2, 3, 4, 5, 6, 7, 8, 13
 _ATTENTION, _D, _K, _PAGE_TOKENS, _PAGE_CHANNELS, _SPAN, _PAGES, _PAGES2 = 14, 15, 18, 21, 22, 23, 24, 25
 assert [
     *(csd_state.SLOT, csd_state.HEADS, csd_state.TOKENS, csd_state.SPANS, csd_state.FORM, csd_state.FIRST),
-    *(csd_state.COUNT, csd_state.TAG, csd_state.ATTENTION, csd_state.D, csd_state.K, csd_state.PAGE_TOKENS),
-    *(csd_state.PAGE_CHANNELS, csd_state.SPAN, csd_state.PAGES, csd_state.PAGES2),
+    *(csd_state.COUNT, csd_state.AFTER, csd_state.TAG, csd_state.ATTENTION, csd_state.D, csd_state.K),
+    *(csd_state.PAGE_TOKENS, csd_state.PAGE_CHANNELS, csd_state.SPAN, csd_state.PAGES, csd_state.PAGES2),
 ] == [
-    *(_SLOT, _HEADS, _TOKENS, _SPANS, _FORM, _FIRST, _COUNT, _TAG, _ATTENTION, _D, _K),
+    *(_SLOT, _HEADS, _TOKENS, _SPANS, _FORM, _FIRST, _COUNT, _AFTER, _TAG, _ATTENTION, _D, _K),
     *(_PAGE_TOKENS, _PAGE_CHANNELS, _SPAN, _PAGES, _PAGES2),
 ]
 
@@ -89,13 +89,29 @@ def _page(position, place):
     return _mix(_mix(np.uint64(0x2545F4914F6CDD1D), position), place)
 
 
+@njit(**INNER)
+def _place_of(tags, tag):
+    """Where a tag is first; their number, if it is none of them."""
+    place = 0
+    while place < len(tags) and tags[place] != tag:
+        place += 1
+    return place
+
+
 @njit(cache=True)
-def key_of(rows, digests, first, end, turns):
-    """A digest of commands `first` up to `end`: what they are, how far apart their slots and which of their tags are
-    equal, and whose turn it is."""
-    h = np.uint64(0x5851F42D4C957F2D)
+def key_of(rows, digests, first, end, turns, left, tags, queue):
+    """A digest of commands `first` up to `end`: what they are, how far apart their slots and which tags are equal,
+    what the one behind waits for, whose turn it is; and ticks left and `tags` of what the GPU has not done yet.
+    `queue` is the size of queues: one that waits for the drive waits for no queue, if there are fewer commands."""
+    h = _mix(np.uint64(0x5851F42D4C957F2D), rows[end, _AFTER])
+    if rows[end, _AFTER] & 4 == 0 or end - first >= queue:
+        h = _mix(h, rows[end, 0])
     for value in turns:
         h = _mix(h, value)
+    for value in left:
+        h = _mix(h, value)
+    for i in range(len(tags)):
+        h = _mix(h, _place_of(tags, tags[i]))
     base = -1
     for i in range(first, end):
         h = _mix(h, digests[i])
@@ -106,7 +122,7 @@ def key_of(rows, digests, first, end, turns):
         j = first
         while rows[j, _TAG] != rows[i, _TAG]:
             j += 1
-        h = _mix(h, j - first)
+        h = _mix(_mix(h, j - first), _place_of(tags, rows[i, _TAG]))
     return h
 
 

@@ -326,6 +326,85 @@ def test_turns_are_part_of_what_is_alike(repeats):
     assert 0 < len(repeats) < 10
 
 
+HEAD = f".segment label={arch.CACHED}\n{CONFIG}WRITE slot=0 tokens=48\n.segment label=run\n{CONFIG}"
+ATTENDS = "ATTEND slot=0 tokens=48 after=4\n"
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "ATTEND slot=0 tokens=40 after=1\n",  # does not wait for the heads before
+        "WRITE slot=1 tokens=3 after=1\nGPU operations=9 after=4\n",
+        "ATTEND slot=0 tokens=48 after=4 not_before=30000\n",  # the drive is at rest long before
+        "LINK path=host bytes=9 after=4\n",
+    ],
+)
+def test_when_a_stretch_ends_depends_on_what_follows(behind, repeats):
+    """The ATTEND that has something else behind it than those before."""
+    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + ATTENDS * 4 + behind + ATTENDS * 3))
+    assert len(repeats) >= 3
+
+
+def test_a_full_queue_is_waited_for_by_its_commands_alone(repeats):
+    """Two WRITEs fill the queue: another one waits for it, a LINK for the drive."""
+    writes = "WRITE slot=1 tokens=3 after=4\nWRITE slot=2 tokens=3\n"
+    p = SYSTEM._replace(command_queue=2)
+    assert_folds(p, arch.ISA.assemble(HEAD + writes * 4 + "LINK path=host bytes=9 after=4\n" + writes * 2))
+    assert len(repeats) >= 2
+
+
+def test_what_the_gpu_has_left_counts_if_it_is_waited_for(repeats):
+    """All ATTENDs fold while the GPU works; what waits for it, in front of the last one, does not."""
+    gpu = "GPU operations=400000 tag=gpu\n"
+    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + ATTENDS + gpu + ATTENDS * 6 + "GPU operations=9 after=5\n"))
+    assert len(repeats) >= 4
+    repeats.clear()
+    repeats.clear()
+    waits = "ATTEND slot=0 tokens=48 after=6 tag=attend\nLINK path=host bytes=9 after=1 tag=link\n"
+    # Next to each other: another length, and another tag than that of the GPU's next command, or the same.
+    for lengths, tags in (((0, 10, 0, 0, 0, 0), "aaaaaa"), ((0, 0, 0, 0, 0, 0), "aabbab")):
+        layers = [
+            f"GPU operations={400000 + n} tag={tag}\n{waits}" for n, tag in zip(lengths, tags, strict=True)
+        ]
+        assert_folds(SYSTEM, arch.ISA.assemble(HEAD + "".join(layers) * 2 + ATTENDS))
+    assert len(repeats) >= 10
+
+
+def test_stretches_end_when_programs_do(repeats):
+    """A prompt: the link brings the next part while the drive stores one, whose programs are still under way when the
+    next WRITE comes."""
+    layer = "LINK path=host bytes=9 after=1 tag=link\nGPU operations=90000 tag=gpu\n"
+    part = "LINK path=host bytes=9 tag=link\nWRITE slot={} heads=2 tokens=16 after=6 tag=write\n"
+    parts = [part.format(slot) for slot in range(0, 48, 2)]
+    text = CONFIG + "".join((layer if i % 4 == 0 else "") + text for i, text in enumerate(parts))
+    p = SYSTEM._replace(slots=48, flash=SYSTEM.flash._replace(blocks=64, program=SYSTEM.flash.program * 4))
+    assert_folds(p, arch.ISA.assemble(text))
+    assert any(
+        end - first == 10 for first, end in repeats
+    )  # four parts, which fill blocks, and the GPU's work
+
+
+_SOME = (
+    "ATTEND slot=0 tokens=48", "ATTEND slot=0 tokens=19", "WRITE slot=2 tokens=8", "READ slot=0 count=2",
+    "GPU operations=900", "GPU operations=90000", "LINK path=host bytes=9", "LINK path=host bytes=9000",
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from(_SOME), st.sampled_from((0, 1, 2, 4, 4, 4, 5, 6)), st.integers(0, 2)), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7), st.sampled_from((0, 0, 3000, 60000))), min_size=2, max_size=6),
+)  # fmt: skip
+def test_folding_knows_gpu_and_link(body, rounds):
+    """The same commands again and again; in each round one of them waits for something else, or until later."""
+    lines = []
+    for place, after, late in rounds:
+        for i, (text, usual, tag) in enumerate(body):
+            ends = f" after={after} not_before={late}" if i == place else f" after={usual}"
+            lines.append(f"{text}{ends} tag={text.split()[0]}{tag}")
+    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + "\n".join(lines)))
+
+
 @settings(deadline=None, max_examples=25)
 @given(programs(), st.integers(2, 4), st.integers(0, 1 << 14))
 def test_folding_changes_nothing(text, times, waits):
