@@ -48,6 +48,7 @@ verify-long: $(VENV)/.test  ## all mutants, and RTL against model on a wide plan
 	$(BIN)/tilewright verify pim --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 	$(BIN)/tilewright verify lut --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 	$(BIN)/tilewright verify rdu --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
+	$(BIN)/tilewright verify csd --specs $(SPECS) --programs $(PROGRAMS) --seed $(SEED)
 
 clean:  ## remove the environment, caches and builds
 	rm -rf $(VENV) .build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
