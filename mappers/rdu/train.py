@@ -33,8 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 PHASE = "train"
-BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
-"""Of AdamW, as Llama 2 was trained (Touvron et al. 2023, arXiv 2307.09288, section 2.2), but for its eps of 1e-5."""
+BETAS, EPS, DECAY = (0.9, 0.95), 1e-5, 0.1
+"""Of AdamW, as Llama 2 was trained (Touvron et al. 2023, arXiv 2307.09288, section 2.2)."""
 TINY = 1e-30
 """The least second moment that a root is taken of."""
 SAVED = ("h", "q", "a", "y", "h2", "gate_out", "up_out", "f")

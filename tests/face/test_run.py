@@ -36,6 +36,7 @@ def test_json_has_the_fields_of_the_contract(model):
     assert all(span.keys() == SPAN for span in found["spans"])
     assert found["scenario"] == {
         "context": 2, "prompt": 3, "generate": 4, "batch": 1, "lm_head": True, "embedding": True, "seed": 7,
+        "train": 0,
     }  # fmt: skip
     assert (found["spec"], found["model"], found["seed"]) == ("pim-gpt", "tiny", 7)
     assert found["tick_s"] == "1/2000000000" and found["area_mm2"] is None

@@ -1,22 +1,22 @@
 """Steps of training: what the machine gives for a layer, the reference's bits; the reference against float64."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
+from tests.face.invoke import refused, tilewright
 from tests.rdu import test_layer
 from tests.rdu.test_layer import half, machine
 from tilewright.arch import rdu
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
 from tilewright.arch.scenario import Scenario
-from tilewright.devices import load_device
 from tilewright.mappers.rdu import _Mapper, document_of, map_model, train
-from tilewright.run import run
 from tilewright.workloads import rdu_layer
 from tilewright.workloads import rdu_train as reference
-from tilewright.workloads.models import load_model
 from tilewright.workloads.rdu import blank_image, interpret
 
 MODEL = replace(test_layer.MODEL, kv_heads=2)
@@ -283,7 +283,26 @@ def test_scenarios_are_checked():
         map_model(spec, MODEL, Scenario(train=16, generate=0, batch=2))
 
 
-@pytest.mark.parametrize("preset", ["pim-gpt", "a100"])
-def test_other_targets_do_not_train(preset):
-    with pytest.raises(UserError, match=r"--train: .* does not train models; allowed: .*rdu"):
-        run(load_device(preset), load_model("gpt2-small"), Scenario(train=64, generate=0))
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("pim-gpt", "--train: target pim does not train models; allowed: rdu"),
+        ("a100", "--train: roofline a100 does not train models; allowed: specs of target rdu"),
+    ],
+)
+def test_other_targets_do_not_train(preset, message):
+    assert refused("run", preset, "--model", "gpt2-small", "--train", 64) == message
+
+
+def test_a_step_from_the_command_line(tmp_path):
+    spec, model, mapping = (tmp_path / name for name in ("spec.yaml", "model.json", "mapping.yaml"))
+    spec.write_text(yaml.safe_dump(machine().model_dump(mode="json")))
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    model.write_text(json.dumps({"model_type": "llama", "vocab_size": 32, "rms_norm_eps": 1e-5} | shape))
+    mapping.write_text(yaml.safe_dump(QUICK))
+    ran = tilewright("run", spec, "--model", model, "--train", 32, "--mapping", mapping, "--json", "-")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["scenario"]["train"], found["scenario"]["generate"]) == (32, 0)
+    assert {"qkv_dw", "mlp_norm_dw", "down_first_moment to down_round"} <= {s["op"] for s in found["spans"]}
+    assert any("without LM head and loss" in text for text in found["assumed"])
