@@ -26,6 +26,7 @@ from tilewright.sim import rdu_state as state
 from tilewright.sim.rdu_build import Kernel, build
 from tilewright.sim.rdu_engine import close
 from tilewright.sim.rdu_periods import run_kernel
+from tilewright.sim.rdu_waits import standstill
 from tilewright.sim.rdu_ways import Tables, switch_tables
 
 _OPS = tuple(op.name for op in arch.OPS)
@@ -73,10 +74,10 @@ def execute(
     return _run(build(p, records, args or {}, older=older, fold=fold), p, fold)
 
 
-def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
+def _run(kernel: Kernel, p: arch.RduParams, fold: bool, names: Mapping[str, str] | None = None) -> Execution:
     m = kernel.machine
     run_kernel(m, kernel.bits, fold)
-    _check(kernel, p)
+    _check(kernel, p, names)
     close(m)
     counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)
     for chain, link, network, hops in kernel.routes:
@@ -107,8 +108,8 @@ def _run(kernel: Kernel, p: arch.RduParams, fold: bool) -> Execution:
     )
 
 
-def _check(kernel: Kernel, p: arch.RduParams) -> None:
-    """Raise UserError where the kernel went wrong, or has not come to an end."""
+def _check(kernel: Kernel, p: arch.RduParams, names: Mapping[str, str] | None) -> None:
+    """Raise UserError where the kernel went wrong, or has not come to an end; `names` are a mapper's for units."""
     m = kernel.machine
     at = int(m.clock[state.FAULTY])
     if m.clock[state.FAULT] == state.LINE_FAULT:
@@ -122,50 +123,10 @@ def _check(kernel: Kernel, p: arch.RduParams) -> None:
         raise UserError(
             f"{unit}: more than {arch.TOKENS_HELD} control tokens from {source} are held at one input"
         )
-    waiting = _waiting(kernel)
-    if waiting:
-        more = f", and {len(waiting) - 8} more" if len(waiting) > 8 else ""
+    why = standstill(kernel, names)
+    if why:
         last = int(m.clock[state.ACTED] + m.clock[state.SKIPPED])
-        raise UserError(f"deadlock after tick {last}: {'; '.join(waiting[:8])}{more}")
-
-
-def _waiting(kernel: Kernel) -> list[str]:
-    """What each unit waits for that is not done; where all are, the packets that are left."""
-    m = kernel.machine
-    givers, takers = kernel.ways.parties(kernel.net)
-    ends: list[tuple[int, list[int], list[int]]] = []  # chain, links in, links out
-    for row in m.pcu:
-        used = row[state.INPUT : state.INPUT + row[state.INPUTS_USED]]
-        ends.append((row[state.UNIT], list(used), [row[state.VECTOR], row[state.SCALAR]]))
-    for row in m.pmu:
-        ends.append((row[state.SIDE], [row[state.FED]], []))
-        ends.append((row[state.SIDE + 1], [], [row[state.GIVES]]))
-    for row in m.agcu:
-        port, store = [row[state.PORT]], row[state.STORE]
-        ends.append((row[state.AGCU], port if store else [], [] if store else port))
-
-    def names(groups: list[list[str]]) -> str:
-        return ", ".join(sorted({name for group in groups for name in group})) or "nobody"
-
-    out = []
-    for chain, inputs, outputs in ends:
-        row = m.chain[chain]
-        cause = arch.CAUSES[row[state.CAUSE] - 1]
-        if cause == "token":
-            queues = [row[state.QUEUE + n] for n in range(arch.TOKENS) if row[state.WAIT] >> n & 1]
-            empty = [k for k in queues if m.queue[k, state.GIVEN] == m.queue[k, state.TAKEN]]
-            what = f"a token of {', '.join(sorted({kernel.waits[k][1] or 'nobody' for k in empty}))}"
-        elif cause == "operand":
-            what = f"packets of {names([givers[k] for k in inputs if not m.link[k, state.LEVEL]])}"
-        elif cause in ("output", "drain"):
-            what = f"room on the way to {names([takers[k] for k in outputs if k >= 0])}"
-        else:
-            continue
-        out.append(f"{kernel.units[chain]} waits for {what}")
-    if not out:
-        for k in np.flatnonzero(m.link[:, state.LEVEL]):
-            out.append(f"packets of {names([givers[k]])} are left for {names([takers[k]])}")
-    return list(dict.fromkeys(out))
+        raise UserError(f"deadlock after tick {last}: {why}")
 
 
 # ---- the sequencer ------------------------------------------------------------------------------------
@@ -234,7 +195,7 @@ def simulate(
     `fold` takes equal kernels, links without a choice, and a kernel's periods in one step; the integers are the same
     without. `trace` keeps that many operations. `steps` is what `progress` counts up to. No timing of this machine
     depends on data: `decisions` is ignored. Raises UserError for a program that the machine can't run, naming segment
-    and operation, and for a deadlock, naming the units that wait for one another.
+    and operation, and for a deadlock, naming a circle of units and streams that wait for one another, by the segments' names.
     """
     segments = list(program.segments)
     regions = [segment.regions for segment in segments]
@@ -281,7 +242,7 @@ def simulate(
                 elif kernel:
                     run.charge(tag, _LAUNCH, _LAUNCH, p.host_launch if row["host"] else p.hardware_launch)
                     try:
-                        did = machine.execute(p, memo, fold)
+                        did = machine.execute(p, memo, fold, segments[machine.section].names)
                     except UserError as error:
                         raise UserError(f"{where}: {error}") from None
                     for unit, own, activity, busy, counts in zip(
@@ -365,7 +326,13 @@ class _Loaded:
         self.args.update(zip(rows["index"].tolist(), rows["value"].tolist(), strict=True))
         return len(rows)
 
-    def execute(self, p: arch.RduParams, memo: dict[tuple, Execution], fold: bool) -> Execution:
+    def execute(
+        self,
+        p: arch.RduParams,
+        memo: dict[tuple, Execution],
+        fold: bool,
+        names: Mapping[str, str] | None = None,
+    ) -> Execution:
         """What a kernel of the present configuration does; `memo` holds what others did."""
         digest = self.digests.get(self.section, b"")
         line = p.lanes * arch.WORD_BITS // 8
@@ -378,7 +345,7 @@ class _Loaded:
         if fold and key in memo:
             return memo[key]
         kernel = build(p, self.records, self.args, older=self.tables, fold=fold)
-        out = _run(kernel, p, fold)
+        out = _run(kernel, p, fold, names)
         if kernel.own:
             memo[key] = out
         return out

@@ -7,6 +7,7 @@ and the routes of their streams, and writes the records that configure the machi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,17 @@ class Built:
         """Column and row of the switch of a unit."""
         site = self.fabric.sites[self.placement.sites[unit]]
         return site.x, site.y
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The units by place: "pcu@3,4", "agcu@5"."""
+        gates = self.fabric.sites_of("agcu")
+        first = gates[0] if gates else 0
+        return {
+            f"agcu@{site - first}" if self.netlist.kind(unit) == "agcu"
+            else f"{self.netlist.kind(unit)}@{','.join(map(str, self.site(unit)))}": unit
+            for unit, site in self.placement.sites.items()
+        }  # fmt: skip
 
     def svg(self, title: str = "") -> str:
         """A picture of units, routes and load."""
@@ -367,7 +379,7 @@ def segment(
     code += [rdu.CODE.make("ARGUMENT_LOAD", section=index, tag=kernel)] if args else []
     code += [rdu.CODE.make("KERNEL_EXECUTE", host=int(host), tag=kernel)]
     regions["code"] = np.concatenate(code)
-    return Segment(regions, repeat, own)
+    return Segment(regions, repeat, own, built.names if load else {})
 
 
 def _word(tag: str) -> str:
