@@ -261,15 +261,21 @@ class Section:
         turns: Turns = "acyclic",
         time_limit_s: float | None = None,
         remember: bool = True,
+        like: Built | None = None,
     ) -> Built:
         """Place, route, and write the records.
 
         `at` keeps units at the switch (x, y). The result depends on the seed alone unless `time_limit_s` cuts the
         search short; places and routes are then not kept on disk, nor without `remember`. Raises UserError for what
-        doesn't fit the machine.
+        doesn't fit the machine. `like` is a section with all of the streams of this one, whose places and routes are kept;
+        units that it lacks take any that are left.
         """
         fabric = Fabric.of(self.params)
         netlist = self.netlist()
+        if like is not None:
+            placement = place(netlist, fabric, moves=0, pinned=like.placement.sites)
+            records = self._records(fabric, placement, like.routing)
+            return Built(self.name, netlist, fabric, placement, like.routing, records, self.tags)
         found = {(s.kind, s.x, s.y): i for i, s in enumerate(fabric.sites)}
         pinned = {}
         for unit, (x, y) in (at or {}).items():
