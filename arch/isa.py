@@ -204,11 +204,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a program: a few typed arrays, one for each region it fills, executed `repeat` times."""
+    """A piece of a program: a few typed arrays, one for each region it fills, executed `repeat` times.
+
+    `names` are a mapper's for the units that the segment configures, by place, for messages; they are no part of the text.
+    """
 
     regions: Mapping[str, np.ndarray]
     repeat: int = 1
     label: str = ""
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass

@@ -31,6 +31,7 @@ from tilewright.sim import rdu_state as state
 from tilewright.sim.rdu_build import Kernel, build
 from tilewright.sim.rdu_engine import close
 from tilewright.sim.rdu_periods import run_kernel
+from tilewright.sim.rdu_waits import standstill
 from tilewright.sim.rdu_ways import Tables, switch_tables
 
 _OPS = tuple(op.name for op in arch.OPS)
@@ -79,13 +80,17 @@ def execute(
 
 
 def _run(
-    kernel: Kernel, p: arch.RduParams, fold: bool, stopped: Callable[[], bool] = lambda: False
+    kernel: Kernel,
+    p: arch.RduParams,
+    fold: bool,
+    names: Mapping[str, str] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Execution:
     m = kernel.machine
     run_kernel(m, kernel.bits, fold, stopped)
     if stopped():
         raise CancelledError
-    _check(kernel, p)
+    _check(kernel, p, names)
     close(m)
     counters = np.zeros((len(kernel.units), len(arch.COUNTERS)), np.int64)
     for chain, link, network, hops in kernel.routes:
@@ -116,8 +121,8 @@ def _run(
     )
 
 
-def _check(kernel: Kernel, p: arch.RduParams) -> None:
-    """Raise UserError where the kernel went wrong, or has not come to an end."""
+def _check(kernel: Kernel, p: arch.RduParams, names: Mapping[str, str] | None) -> None:
+    """Raise UserError where the kernel went wrong, or has not come to an end; `names` are a mapper's for units."""
     m = kernel.machine
     at = int(m.clock[state.FAULTY])
     if m.clock[state.FAULT] == state.LINE_FAULT:
@@ -131,50 +136,10 @@ def _check(kernel: Kernel, p: arch.RduParams) -> None:
         raise UserError(
             f"{unit}: more than {arch.TOKENS_HELD} control tokens from {source} are held at one input"
         )
-    waiting = _waiting(kernel)
-    if waiting:
-        more = f", and {len(waiting) - 8} more" if len(waiting) > 8 else ""
+    why = standstill(kernel, names)
+    if why:
         last = int(m.clock[state.ACTED] + m.clock[state.SKIPPED])
-        raise UserError(f"deadlock after tick {last}: {'; '.join(waiting[:8])}{more}")
-
-
-def _waiting(kernel: Kernel) -> list[str]:
-    """What each unit waits for that is not done; where all are, the packets that are left."""
-    m = kernel.machine
-    givers, takers = kernel.ways.parties(kernel.net)
-    ends: list[tuple[int, list[int], list[int]]] = []  # chain, links in, links out
-    for row in m.pcu:
-        used = row[state.INPUT : state.INPUT + row[state.INPUTS_USED]]
-        ends.append((row[state.UNIT], list(used), [row[state.VECTOR], row[state.SCALAR]]))
-    for row in m.pmu:
-        ends.append((row[state.SIDE], [row[state.FED]], []))
-        ends.append((row[state.SIDE + 1], [], [row[state.GIVES]]))
-    for row in m.agcu:
-        port, store = [row[state.PORT]], row[state.STORE]
-        ends.append((row[state.AGCU], port if store else [], [] if store else port))
-
-    def names(groups: list[list[str]]) -> str:
-        return ", ".join(sorted({name for group in groups for name in group})) or "nobody"
-
-    out = []
-    for chain, inputs, outputs in ends:
-        row = m.chain[chain]
-        cause = arch.CAUSES[row[state.CAUSE] - 1]
-        if cause == "token":
-            queues = [row[state.QUEUE + n] for n in range(arch.TOKENS) if row[state.WAIT] >> n & 1]
-            empty = [k for k in queues if m.queue[k, state.GIVEN] == m.queue[k, state.TAKEN]]
-            what = f"a token of {', '.join(sorted({kernel.waits[k][1] or 'nobody' for k in empty}))}"
-        elif cause == "operand":
-            what = f"packets of {names([givers[k] for k in inputs if not m.link[k, state.LEVEL]])}"
-        elif cause in ("output", "drain"):
-            what = f"room on the way to {names([takers[k] for k in outputs if k >= 0])}"
-        else:
-            continue
-        out.append(f"{kernel.units[chain]} waits for {what}")
-    if not out:
-        for k in np.flatnonzero(m.link[:, state.LEVEL]):
-            out.append(f"packets of {names([givers[k]])} are left for {names([takers[k]])}")
-    return list(dict.fromkeys(out))
+        raise UserError(f"deadlock after tick {last}: {why}")
 
 
 # ---- kernels of a program -----------------------------------------------------------------------------
@@ -221,13 +186,15 @@ class _Loaded:
         )
         return digest, places
 
-    def execute(self, p: arch.RduParams, ahead: "_Ahead | None") -> Execution:
+    def execute(
+        self, p: arch.RduParams, ahead: "_Ahead | None", names: Mapping[str, str] | None
+    ) -> Execution:
         """What a kernel of the present configuration does; with `ahead` equal ones are run once, and folded."""
-        if ahead is None:
-            return execute(p, self.records, self.args, older=self.tables, fold=False)
         key = self.key(p)
-        if key not in ahead.found:
-            return execute(p, self.records, self.args, older=self.tables)
+        if ahead is None or key not in ahead.found:
+            fold = ahead is not None
+            kernel = build(p, self.records, self.args, older=self.tables, fold=fold)
+            return _run(kernel, p, fold, names)
         out, own = ahead.found[key].result()
         if not own:  # the next one may find other tables
             del ahead.found[key]
@@ -252,16 +219,17 @@ class _Ahead:
                     key = loaded.key(p)
                     if key not in self.found:
                         state = loaded.records, dict(loaded.args), dict(loaded.tables)
-                        self.found[key] = self.pool.submit(self._run, p, *state)
+                        names = segments[loaded.section].names
+                        self.found[key] = self.pool.submit(self._run, p, *state, names)
                 elif op == "PROGRAM_LOAD" and section < len(segments):
                     loaded.load(section, segments[section].regions)
                 elif op == "ARGUMENT_LOAD" and section < len(segments):
                     loaded.argue(segments[section].regions)
 
     def _run(self, p: arch.RduParams, *state: Any) -> tuple[Execution, bool]:
-        records, args, older = state
+        records, args, older, names = state
         kernel = build(p, records, args, older=older)
-        return _run(kernel, p, True, self.over.is_set), kernel.own
+        return _run(kernel, p, True, names, self.over.is_set), kernel.own
 
     def __enter__(self) -> Self:
         return self
@@ -337,7 +305,7 @@ def simulate(
     `fold` takes equal kernels, links without a choice, and a kernel's periods in one step; the integers are the same
     without. `trace` keeps that many operations. `steps` is what `progress` counts up to. No timing of this machine
     depends on data: `decisions` is ignored. Raises UserError for a program that the machine can't run, naming segment
-    and operation, and for a deadlock, naming the units that wait for one another.
+    and operation, and for a deadlock, naming a circle of units and streams that wait for one another, by the segments' names.
     """
     segments = list(program.segments)
     with _Ahead(p, segments) if fold else nullcontext() as ahead:
@@ -396,7 +364,7 @@ def _simulate(
                 elif kernel:
                     run.charge(tag, _LAUNCH, _LAUNCH, p.host_launch if row["host"] else p.hardware_launch)
                     try:
-                        did = machine.execute(p, ahead)
+                        did = machine.execute(p, ahead, segments[machine.section].names)
                     except UserError as error:
                         raise UserError(f"{where}: {error}") from None
                     for unit, own, activity, busy, counts in zip(

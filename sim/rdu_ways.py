@@ -266,31 +266,6 @@ class Ways:
 
     # ---- for errors -------------------------------------------------------------------------------------
 
-    def parties(self, net: Net) -> tuple[list[list[str]], list[list[str]]]:
-        """For each link of the net the units whose packets it takes, and those that they are for, by name."""
-        on: dict[int, list[int]] = {}
-        for flow, link in enumerate(self.flow_link):
-            on.setdefault(link, []).append(flow)
-        following = [[self.known[hop] for hop in hops.items()] for hops in self.flows]
-        sources: list[set[str]] = [set() for _ in self.flows]
-        ends: list[set[str]] = [set() for _ in self.flows]
-        for route in self.routes:
-            left, order = list(on[route.link]), []
-            while left:
-                order.append(left.pop())
-                sources[order[-1]].add(route.source)
-                left += following[order[-1]]
-            for flow in reversed(order):
-                end = self.links[self.flow_link[flow]].end
-                ends[flow] |= {self.name(end)} if isinstance(end, Unit) else set()
-                ends[flow].update(*(ends[f] for f in following[flow]))
-        givers: list[set[str]] = [set() for _ in net.links]
-        takers: list[set[str]] = [set() for _ in net.links]
-        for flow, link in enumerate(self.flow_link):
-            givers[net.link[link]] |= sources[flow]
-            takers[net.link[link]] |= ends[flow]
-        return [sorted(names) for names in givers], [sorted(names) for names in takers]
-
     def name(self, unit: Unit) -> str:
         """The unit of the timeline that takes a packet there."""
         if unit.kind.startswith("agcu"):

@@ -15,6 +15,7 @@ a kernel while the cached tokens, rounded up to `granule`, are as many: a mask h
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -30,10 +31,10 @@ from tilewright.arch.scenario import Mapped, Scenario, TagInfo
 from tilewright.mappers.rdu import mixture, train, vision
 from tilewright.mappers.rdu.coe import copy_ticks, map_composition
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
-from tilewright.mappers.rdu.netlist import Stream
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, Region, ceil_div
+from tilewright.mappers.rdu.stages import BF16_BYTES, Region, ceil_div
+from tilewright.mappers.rdu.waits import Waits
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
 
@@ -56,7 +57,7 @@ PERCENT, PROMPT_PERCENT = 92, 40
 TOKEN_PERCENTS = (PERCENT, 60, 40)  # in turn
 """Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
 find no routes on which none waits behind another."""
-TRIES = 4
+TRIES = 8
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
 HOPELESS = 40
 """Links with which other seeds are not tried."""
@@ -234,52 +235,12 @@ def _name(choice: Choice) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def _blocked(built: Built, line: Pipeline) -> int:
-    """Links that a stream shares with one whose packets may wait on their way until others come.
-
-    What is loaded is through before weights leave their memory units.
-    """
-
-    def meet(streams: Sequence[Stream]) -> bool:
-        rests = [s.source for s in streams if s.source in line.resting]
-        if not rests:
-            return False
-        if all(source in line.later or source == LOADED for source in rests):
-            streams = [s for s in streams if s.source not in line.loading]
-        through = set.intersection(*(line.behind.get(source, set()) for source in rests))
-        return sum(s.source not in through for s in streams) > 1
-
-    return sum(meet(streams) for streams in _shared(built))
-
-
 def _load(built: Built) -> Fraction:
     """What the busiest overused link of the mesh has to do, in its capacity; 0 where none is."""
     r, capacity = built.routing, built.fabric.capacity
     return max(
         (r.loads[n][link] / capacity for n in r.overused for link in r.overused[n]), default=Fraction(0)
     )
-
-
-def _shared(built: Built) -> list[list[Stream]]:
-    """The streams on each link."""
-    on: dict[tuple[str, int, int, int], list[Stream]] = {}
-    for r in built.routing.routes.values():
-        for hop in r.hops:
-            for out in hop.outs:
-                on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream)
-    return list(on.values())
-
-
-def _before(built: Built, line: Pipeline) -> dict[str, set[str]]:
-    """For each unit whose packets rest the gates whose loads share a link with them, and could wait behind them."""
-    out: dict[str, set[str]] = {}
-    for streams in _shared(built):
-        for r in streams:
-            if r.source in line.resting:
-                loads = {s.source for s in streams if line.units[s.source].kind == "agcu"}
-                if loads:
-                    out.setdefault(r.source, set()).update(loads)
-    return out
 
 
 class _Mapper:
@@ -736,7 +697,7 @@ class _Mapper:
             if self.document["percent"] or not any(k.blocked for k in tries[-1][0]):
                 break
         kernels, held = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
-        self.kernels += [self._held_back(k) if k.blocked else k for k in kernels]
+        self.kernels += kernels
         return list(range(first, len(self.kernels))), held
 
     def _token_choices(
@@ -845,10 +806,11 @@ class _Mapper:
                     built = section.build(seed=seed, moves=self.document["moves"] or None, at=at)
                 except UserError:  # more streams on a link than it has flows
                     continue
-                blocked, load = _blocked(built, choice.line), _load(built)
-                if best is None or (blocked, load) < best[0]:
-                    best = (blocked, load), choice, built
-                if blocked > HOPELESS or (not blocked and load <= CROWDED):
+                blocked, apart, held = self._kept_apart(choice, built)
+                score = blocked, _load(held)
+                if best is None or score < best[0]:
+                    best = score, apart, held
+                if blocked > HOPELESS or (not blocked and score[1] <= CROWDED):
                     break
             if smaller is None or (best is not None and not best[0][0]):
                 break
@@ -866,17 +828,24 @@ class _Mapper:
         self.kernels.append(Kernel(name, phase, choice, built, time.monotonic() - start, blocked))
         return len(self.kernels) - 1
 
-    def _held_back(self, kernel: Kernel) -> Kernel:
-        """The section with the same places and routes, whose loads never wait behind packets that rest."""
-        line, built = kernel.choice.line, kernel.built
-        line.hold_back(_before(built, line))
+    def _kept_apart(self, choice: Choice, built: Built) -> tuple[int, Choice, Built]:
+        """The section with the same places and routes, in which tokens keep streams that clash apart, and the links on
+        which some still do."""
+        waits = Waits(choice.line, built)
+        clashes = waits.clashes()
+        if not clashes:
+            return 0, choice, built
+        links = len({clash.queue for clash in clashes})
+        line = deepcopy(choice.line)
+        line.hold_back(waits.holds(clashes)[0])
         section = Section(self.p, built.name)
-        line.into(section, kernel.choice.ticks(self.p))
+        line.into(section, choice.ticks(self.p))
         try:  # tokens have wires of their own; what joins them takes units that are left
-            built = section.build(moves=0, at={u.name: built.site(u.name) for u in built.netlist.units})
+            held = section.build(like=built)
         except UserError:
-            return kernel
-        return replace(kernel, built=built, blocked=_blocked(built, line))
+            return links, choice, built
+        left = len({clash.queue for clash in Waits(line, held).clashes()})
+        return left, replace(choice, line=line), held
 
     def _tag(self, kernel: int, layer: int) -> str:
         own = self.kernels[kernel]

@@ -164,6 +164,27 @@ def _pop(heap, size):
 
 
 @njit(cache=True)
+def between_circles(before, after, nodes):
+    """Which edges lie on circles, or on ways from one circle to another: what is left when edges from nodes that none
+    leads to, and to nodes that lead nowhere, are taken away until there are none."""
+    left = np.ones(len(before), np.bool_)
+    into, out = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
+    for k in range(len(before)):
+        out[before[k]] += 1
+        into[after[k]] += 1
+    changed = True
+    while changed:
+        changed = False
+        for k in range(len(before)):
+            if left[k] and (into[before[k]] == 0 or out[after[k]] == 0):
+                left[k] = False
+                out[before[k]] -= 1
+                into[after[k]] -= 1
+                changed = True
+    return left
+
+
+@njit(cache=True)
 def grow_tree(
     source, targets, rate, one, least, hop, columns, follow, base, load, count, history, capacity, flows, present,
     cost, stamp, clock, parent, heap, tree, tree_parent, ends,
@@ -207,7 +228,8 @@ def grow_tree(
                     continue
                 excess = load[after] + rate - capacity
                 over = least + one * excess // capacity if excess > 0 else 0
-                over += max(0, one * (count[after] + 1 - flows) // flows)
+                if count[after] >= flows:  # no route at all, so it weighs as much as a stream of full rate
+                    over += one + one * (count[after] + 1 - flows) // flows
                 there = here + (base[after] * (one + history[after]) * (one + (present * over) // one)) // one
                 if stamp[after] == now and cost[after] <= there:
                     continue

@@ -27,7 +27,7 @@ import numpy as np
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import MESH, NETWORKS, OPPOSITE
 from tilewright.mappers.rdu.fabric import LOCAL, NORTH, SOUTH, STEP, WEST, Fabric
-from tilewright.mappers.rdu.kernels import ONE, grow_tree
+from tilewright.mappers.rdu.kernels import ONE, between_circles, grow_tree
 from tilewright.mappers.rdu.netlist import Netlist, Stream
 from tilewright.mappers.rdu.place import Placement
 
@@ -42,6 +42,7 @@ _AT_LEAST = (
     ONE // 2
 )  # overuse that counts even where a link is overused by little: one stream may stop another there
 _PATIENCE = 15  # iterations without a better result
+_AGAIN = 1  # iterations for what is routed anew, so that it finds its way among the others, too
 
 
 class Link(NamedTuple):
@@ -255,7 +256,7 @@ class _Router:
         order = sorted(range(len(self.streams)), key=lambda i: -weight[i])
         again = order
         best: tuple[tuple[int, int, int], dict[int, _Tree]] | None = None
-        present, stale, iteration = ONE // 2, 0, 0
+        present, stale, iteration, last = ONE // 2, 0, 0, iterations
         while again:
             iteration += 1
             for i in again:
@@ -264,14 +265,15 @@ class _Router:
             # Rounded up: the least overuse counts.
             excess = np.maximum(self.load - self.capacity, 0)
             over = np.where(excess, _AT_LEAST, 0) + -(-excess * ONE // self.capacity)
-            over += -(-np.maximum(self.count - self.fabric.flows, 0) * ONE // self.fabric.flows)
+            many = np.maximum(self.count - self.fabric.flows, 0)
+            over += np.where(many, ONE, 0) + -(-many * ONE // self.fabric.flows)
             length = sum(len(tree.states) for tree in self.trees.values())
             score = (int(over.max()), int(over.sum()), length)
             if best is None or score < best[0]:
                 best, stale = (score, dict(self.trees)), 0
             else:
                 stale += 1
-            late = iteration >= iterations or (end is not None and time.monotonic() > end)
+            late = iteration >= last or (end is not None and time.monotonic() > end)
             if score[0] and stale < _PATIENCE and not late:
                 self.history += over
                 present = min(present * 3 // 2, ONE * ONE)
@@ -283,16 +285,21 @@ class _Router:
             if self.turns == "acyclic":
                 broken = self._break_circles()
                 again = [i for i in order if i in broken]
-                stale = 0
+                stale, last = 0, max(last, iteration + _AGAIN)
         return iteration
 
     def _break_circles(self) -> set[int]:
         """Take away turns until no links wait for one another in a circle; returns the streams that used them."""
+        trees = sorted(self.trees.items())
+        if not trees:
+            return set()
+        stream = np.repeat([i for i, _ in trees], [len(tree.states) - 1 for _, tree in trees])
+        heads = np.concatenate([tree.states[tree.parents[1:]] for _, tree in trees])
+        tails = np.concatenate([tree.states[1:] for _, tree in trees])
         users: dict[int, dict[int, set[int]]] = {}
-        for i, tree in sorted(self.trees.items()):
-            states = tree.states.tolist()
-            for k, parent in enumerate(tree.parents[1:].tolist(), 1):
-                users.setdefault(states[parent], {}).setdefault(states[k], set()).add(i)
+        some = between_circles(heads, tails, len(self.load))
+        for i, a, b in zip(stream[some].tolist(), heads[some].tolist(), tails[some].tolist(), strict=True):
+            users.setdefault(a, {}).setdefault(b, set()).add(i)
         broken: set[int] = set()
         while circles := _circles(users):
             for circle in circles:

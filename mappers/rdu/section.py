@@ -7,6 +7,7 @@ and the routes of their streams, and writes the records that configure the machi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -49,6 +50,17 @@ class Built:
         """Column and row of the switch of a unit."""
         site = self.fabric.sites[self.placement.sites[unit]]
         return site.x, site.y
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The units by place: "pcu@3,4", "agcu@5"."""
+        gates = self.fabric.sites_of("agcu")
+        first = gates[0] if gates else 0
+        return {
+            f"agcu@{site - first}" if self.netlist.kind(unit) == "agcu"
+            else f"{self.netlist.kind(unit)}@{','.join(map(str, self.site(unit)))}": unit
+            for unit, site in self.placement.sites.items()
+        }  # fmt: skip
 
     def svg(self, title: str = "") -> str:
         """A picture of units, routes and load."""
@@ -251,15 +263,21 @@ class Section:
         turns: Turns = "acyclic",
         time_limit_s: float | None = None,
         remember: bool = True,
+        like: Built | None = None,
     ) -> Built:
         """Place, route, and write the records.
 
         `at` keeps units at the switch (x, y). The result depends on the seed alone unless `time_limit_s` cuts the
         search short; places and routes are then not kept on disk, nor without `remember`. Raises UserError for what
-        doesn't fit the machine.
+        doesn't fit the machine. `like` is a section with all of the streams of this one, whose places and routes are kept;
+        units that it lacks take any that are left.
         """
         fabric = Fabric.of(self.params)
         netlist = self.netlist()
+        if like is not None:
+            placement = place(netlist, fabric, moves=0, pinned=like.placement.sites)
+            records = self._records(fabric, placement, like.routing)
+            return Built(self.name, netlist, fabric, placement, like.routing, records, self.tags)
         found = {(s.kind, s.x, s.y): i for i, s in enumerate(fabric.sites)}
         pinned = {}
         for unit, (x, y) in (at or {}).items():
@@ -379,7 +397,7 @@ def segment(
     code += [rdu.CODE.make("ARGUMENT_LOAD", section=index, tag=kernel)] if args else []
     code += [rdu.CODE.make("KERNEL_EXECUTE", host=int(host), tag=kernel)]
     regions["code"] = np.concatenate(code)
-    return Segment(regions, repeat, own)
+    return Segment(regions, repeat, own, built.names if load else {})
 
 
 def _word(tag: str) -> str:

@@ -35,10 +35,8 @@ __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column",
 
 BF16_BYTES = 2
 LOADED = "loaded"
-LEAST = Fraction(1, 64)
-"""Rate that the rarest stream is given to route it by."""
-LOADING = Fraction(1, 1024)
-"""And that of a stream which is over before the rows come: `SHARING` of them may lie with one of weights."""
+LOADING = Fraction(1, 4096)
+"""Rate by which to route a stream which is over before the rows come: `SHARING` of them may lie with one of weights."""
 SHARING = 4
 _RING = 1 << ADDRESS_BITS
 
@@ -157,9 +155,9 @@ class Pipeline:
         """Gates that do nothing but fill them."""
         self.resting: set[str] = set()
         """Units whose packets wait on their way until others come."""
-        self.behind: dict[str, set[str]] = {}
-        """For each of these the gates for whose loads they are held back."""
         self.arguments: list[Region] = []
+        self.by_steps: set[str] = set()
+        """Memory units whose reading follows their filling by steps."""
         self.sent: dict[str, int] = {}
         """Packets of a unit, where they are not what its loops say."""
         self.work: dict[str, int] = {}
@@ -255,87 +253,116 @@ class Pipeline:
         ready = Flow(1, ((LOADED,),) * self.groups, 1)
         return self.simd(f"{name}.admit", tag, [(flow, 0), (ready, LEVELS)], [], flow.columns)
 
-    def hold_back(self, after: Mapping[str, Iterable[str]]) -> None:
-        """Let nothing leave units before gates have loaded all that they load: so no load waits behind packets that rest.
+    # ---- sides --------------------------------------------------------------------------------------
 
-        `after` are the gates for each of the units. Tokens of the memory units that a gate fills hold back all memory
-        units that a unit's packets come from; what those hold has room until then. It is left as it is where a load
-        waits for something itself, or where a side has no control input to spare.
-        """
-        held: dict[str, set[str]] = {}
-        for unit, gates in after.items():
-            loads = {gate for gate in gates if self._unconditional(gate)}
-            origins = self._origins(unit)
-            if loads and all(self._holds(origin) for origin in origins):
-                self.behind.setdefault(unit, set()).update(loads)
-                for origin in origins:
-                    held.setdefault(origin, set()).update(loads)
-        done = {gate: self._through(gate) for gate in sorted(set().union(*held.values()))}
-        holds: dict[tuple[frozenset[str], int], str] = {}
-        for unit, loads in held.items():
-            fields, tag = self.units[unit].fields, self.units[unit].tag
-            if not fields.get("read_wait"):
-                fields["read_wait_level"] = LEVELS
-            times = self._events(unit, "read", "wait")
-            key = frozenset(loads), times
-            if key not in holds:
-                needs = [(done[gate], 0) for gate in sorted(loads)]
-                once = self._joined(f"{unit}.after", tag, needs, TOKENS, 1)
-                holds[key] = self.unit(
-                    f"{unit}.hold", "pcu", tag, mode="simd", vectors=0, count0=times, wait_level=LEVELS
-                )
-                self.work[holds[key]] = times
-                for source, _ in once:
-                    self.wire(source, holds[key])
-            self.wire(holds[key], f"{unit}.read")
+    def side(self, unit: str, which: str) -> str:
+        """The side of a memory unit, `unit.write` or `unit.read`; any other unit has but one."""
+        return f"{unit}.{which}" if self.units[unit].kind == "pmu" else unit
 
-    def _events(self, unit: str, side: str, what: str) -> int:
-        """How often a side of a memory unit takes its tokens ("wait"), or gives them ("signal")."""
-        fields = self.units[unit].fields
-        level = fields.get(f"{side}_{what}_level", 0)
-        return prod(fields.get(f"{side}_count{n}", 1) for n in range(level, LEVELS))
+    def sides(self, unit: str) -> list[str]:
+        """All of them."""
+        return list(dict.fromkeys(self.side(unit, which) for which in ("write", "read")))
 
-    def _unconditional(self, gate: str) -> bool:
-        """Whether a gate only fills memory units, and neither it nor they wait for anything."""
-        if self.units[gate].kind != "agcu" or self.units[gate].fields.get("wait"):
-            return False
-        sinks = {sink for sink, _ in self.sinks[gate]}
-        free = all(self.units[k].kind == "pmu" and not self.units[k].fields.get("write_wait") for k in sinks)
-        return free and len({self._events(sink, "write", "signal") for sink in sinks}) == 1
+    def unit_of(self, side: str) -> str:
+        """The unit of a side."""
+        return _side(side)[0]
 
-    def _origins(self, unit: str) -> set[str]:
-        """The memory units and gates that a unit's packets come from."""
-        found, left, seen = set(), [unit], {unit}
-        while left:
-            at = left.pop()
-            if self.units[at].kind != "pcu":
-                found.add(at)
-                continue
-            for source, sinks in self.sinks.items():
-                if source not in seen and any(sink == at for sink, _ in sinks):
-                    seen.add(source)
-                    left.append(source)
-        return found
+    def held(self, side: str, index: int) -> int:
+        """Tokens that a control input of a side holds at first."""
+        unit, which = _side(side)
+        return int(self.units[unit].fields.get(f"{which}_hold{index}" if which else f"hold{index}", 0))
 
-    def _holds(self, unit: str) -> bool:
-        """Whether the read side of a memory unit can wait for one more token, as often as it waits."""
-        own = self.units[unit]
-        waits = bool(own.fields.get("read_wait"))
-        return (
-            own.kind == "pmu"
-            and own.waits.get("read", 0) < TOKENS
-            and (not waits or self._events(unit, "read", "wait") <= TOKENS_HELD)
+    def events(self, side: str, what: str) -> int:
+        """How often a side takes its tokens ("wait"), or gives them ("signal")."""
+        unit, which = _side(side)
+        fields, prefix = self.units[unit].fields, f"{which}_" if which else ""
+        return prod(
+            fields.get(f"{prefix}count{n}", 1) for n in range(fields.get(f"{prefix}{what}_level", 0), LEVELS)
         )
 
-    def _through(self, gate: str) -> str:
-        """A unit that gives a token when all that a gate loads is in memory units."""
-        tag, sinks = self.units[gate].tag, list(dict.fromkeys(sink for sink, _ in self.sinks[gate]))
-        (times,) = {self._events(sink, "write", "signal") for sink in sinks}
-        needs = self._joined(f"{gate}.in", tag, [(f"{sink}.write", 0) for sink in sinks], TOKENS, times)
-        out = self.unit(f"{gate}.through", "pcu", tag, mode="simd", vectors=0, count0=times, signal_level=1)
+    def gives_to_its_end(self, unit: str) -> bool:
+        """Whether a unit is through with its last packet: none of its iterations is about what others hold."""
+        fields = self.units[unit].fields
+        reads = prod(fields.get(f"read_count{n}", 1) for n in range(LEVELS))
+        return self.units[unit].kind != "pmu" or self.packets(unit) == reads
+
+    def can_wait(self, side: str) -> bool:
+        """Whether a side can wait for one more token, as often as it waits."""
+        unit, which = _side(side)
+        own = self.units[unit]
+        waits = bool(own.fields.get(f"{which}_wait" if which else "wait"))
+        return own.waits.get(which, 0) < TOKENS and (not waits or self.events(side, "wait") <= TOKENS_HELD)
+
+    def can_tell(self, side: str) -> bool:
+        """Whether its tokens can say that a side is through: no more of them than an input holds."""
+        return self.events(side, "signal") <= TOKENS_HELD
+
+    def rests(self) -> set[str]:
+        """Units whose packets may stand before a side until tokens or other packets come there, or where what that side
+        gives may. As few packets as a side's own link holds never do."""
+        inputs: dict[str, list[str]] = {}
+        for source, sinks in self.sinks.items():
+            for sink in dict.fromkeys(self.side(unit, "write") for unit, _ in sinks):
+                inputs.setdefault(sink, []).append(source)
+        held = {sink for _, sink, _ in self.tokens}
+        left = [
+            source
+            for side, sources in inputs.items()
+            for source in sources
+            if side in held or (self.units[self.unit_of(side)].kind == "pcu" and len(sources) > 1)
+        ]
+        found: set[str] = set()
+        while left:
+            unit = left.pop()
+            if unit not in found and self.packets(unit) > self.p.fifo_depth:
+                found.add(unit)
+                left += inputs.get(unit, ())
+        return found
+
+    def hold_back(self, holds: Mapping[str, Iterable[str]]) -> None:
+        """Let sides begin when others are through: `holds` are the latter for each of the former.
+
+        For sides that `can_wait` and others that `can_tell`. Compute units that are left join and repeat the tokens.
+        """
+        given: dict[tuple[tuple[str, ...], int], str] = {}
+        for side in holds:
+            unit, which = _side(side)
+            own = self.units[unit]
+            if unit in self.by_steps:  # it waits for all that fills it: one token in place of several
+                own.fields |= {"write_signal_level": LEVELS, "read_wait_level": LEVELS}
+            elif not own.fields.get(f"{which}_wait" if which else "wait"):
+                own.fields[f"{which}_wait_level" if which else "wait_level"] = LEVELS
+        for side, others in holds.items():
+            tag = self.units[_side(side)[0]].tag
+            times, needs = self.events(side, "wait"), tuple(sorted(others))
+            if (needs, times) not in given:
+                given[needs, times] = self._repeated(side, tag, self._once(side, tag, needs), times)
+            self.wire(given[needs, times], side)
+
+    def _once(self, side: str, tag: str, others: Sequence[str]) -> str:
+        """A side that gives one token when all others are through."""
+        by_times: dict[int, list[str]] = {}
+        for other in others:
+            by_times.setdefault(self.events(other, "signal"), []).append(other)
+        ends = [(other, 0) for other in by_times.pop(1, [])]
+        for times, some in by_times.items():
+            needs = self._joined(f"{side}.in{times}.", tag, [(other, 0) for other in some], TOKENS, times)
+            out = self.unit(
+                f"{side}.through{times}", "pcu", tag, mode="simd", vectors=0, count0=times, signal_level=1
+            )
+            self.work[out] = times
+            for source, _ in needs:
+                self.wire(source, out)
+            ends.append((out, 0))
+        return self._joined(f"{side}.after", tag, ends, 1, 1)[0][0]
+
+    def _repeated(self, side: str, tag: str, source: str, times: int) -> str:
+        """A side that gives a token of another one so many times."""
+        if times == 1:
+            return source
+        out = self.unit(f"{side}.hold", "pcu", tag, mode="simd", vectors=0, count0=times, wait_level=LEVELS)
         self.work[out] = times
-        for source, _ in needs:
-            self.wire(source, out)
+        self.wire(source, out)
         return out
 
     def _joined(
@@ -1019,6 +1046,7 @@ class Pipeline:
                 self.resting.add(unit)
                 self.feed(gate, unit)
                 self.work[unit] = total
+                self.by_steps.add(unit)
                 self.sent[unit] = packets
                 low += packets * lanes
             offset += steps * step * lanes * BF16_BYTES
@@ -1049,7 +1077,7 @@ class Pipeline:
             for j, weight in enumerate(weights[g]):
                 unit = self.unit(
                     f"{name}.{g}.{j}", "pcu", tag, mode="simd", vectors=1, scalars=1, round=int(rounded),
-                    count0=depth, count1=strips, count2=self.blocks, fold="add", fold_level=1, result=5,
+                    count0=depth, count1=strips, count2=self.blocks, fold="add", fold_level=1, signal_level=2, result=5,
                     sequence=j * strips if len(weights[g]) > 1 else 0,
                 )  # fmt: skip
                 self.units[unit].stages = [stage("multiply", INPUTS, 0, 5)]
@@ -1076,14 +1104,16 @@ class Pipeline:
         """
         self.close()
         most = max(ticks, self.interval()[0])
-        least = 2 * LEAST if self.loading else LEAST  # seen beside weights, which leave loads some room
+        least = Fraction(1, self.p.flows)  # the rarest takes one of a link's flows
+        # Rows of a prompt find their weights there.
+        resting = self.resting if self.blocks > 1 else self.resting | self.rests()
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=self.prefix + u.tag, **fields)
         for source, sinks in self.sinks.items():
             # However rare a stream is, it counts beside one that claims the link.
             rate = min(Fraction(1), max(least, Fraction(self.packets(source), max(1, most))))
-            if source in self.resting:
+            if source in resting:
                 rate = 1 - SHARING * LOADING if source in self.later else Fraction(1)
             elif source in self.loading:
                 rate = LOADING

@@ -3,11 +3,9 @@
 import pytest
 
 from tilewright.arch.errors import UserError
-from tilewright.arch.rdu import COUNTERS
 from tilewright.mappers.rdu.layer import cached
 from tilewright.mappers.rdu.section import Section
 from tilewright.mappers.rdu.stages import Pipeline, constant, first_column, stage
-from tilewright.sim.rdu import execute
 
 from .units import small
 
@@ -164,40 +162,25 @@ def test_gates_share_the_cache(heads, chunks, gates, expected):
         assert p.work[gate] == len(own) * 16 * 8 // PARAMS.lanes
 
 
-def test_a_load_never_waits_behind_what_it_holds_back():
-    # A gate fills first `a`, then `b`; both stream to `sum`. Where a's packets take the link that the gate's take, too,
-    # they stand on it until b's come, which stand behind them.
-    p = line()
-    p.streamed("w", "t", "weights", [[("a", 200, "t"), ("b", 200, "t")]])
-    p.unit("sum", "pcu", "t", mode="simd", vectors=3, count0=200)
-    p.work["sum"] = 200
-    p.feed("a", "sum", 0)
-    p.feed("b", "sum", 1)
-
-    def run():
-        section = Section(PARAMS)
-        p.into(section)
-        at = {"w.load0": (0, 0), "a": (1, 0), "sum": (2, 0), "b": (3, 0)}
-        built = section.build(at=at, moves=0, turns="xy", remember=False)
-        return built, execute(PARAMS, built.records)
-
-    with pytest.raises(UserError, match=r"deadlock after tick"):
-        run()
-    p.hold_back({"a": ["w.load0"]})
-    assert p.behind == {"a": {"w.load0"}}
-    built, done = run()
-    steps = done.counters[:, COUNTERS.index("iterations")]
-    assert steps[done.units.index("pcu@{},{}".format(*built.site("sum")))] == 200
-
-
-def test_what_can_not_be_held_back_is_left():
+def test_sides_that_can_be_held_back():
     p = line(blocks=4)
     x = p.load("x", "load", "x", 6)
-    y = p.read("y", "t", x, [(6, 1)])
+    p.read("y", "t", x, [(6, 1)])
     p.close()
-    before = p.count("pcu")
-    # The buffer's write side waits until the block before the last is read; a gate has no control input to spare here.
-    p.hold_back({"y.0": ["x.0"], "x.0": ["x.0"]})
-    assert not p.behind
-    assert p.count("pcu") == before
-    assert y.sources == (("y.0",),)
+    # 4 blocks: so many tokens an input holds; each is one event of either side of the buffer.
+    assert (p.sides("y.0"), p.sides("x.0")) == (["y.0.write", "y.0.read"], ["x.0"])
+    assert (p.events("y.0.read", "wait"), p.events("y.0.write", "signal")) == (4, 4)
+    assert p.can_wait("y.0.read") and p.can_tell("y.0.write")
+    p.hold_back({"y.0.read": ["y.0.write"]})
+    # One token of four is joined to one, and that is given four times.
+    assert p.units["y.0.read.through4"].fields["count0"] == 4
+    assert p.units["y.0.read.hold"].fields["count0"] == 4
+    assert ("y.0.read.hold", "y.0.read", 1) in p.tokens
+    for name in "ab":  # two inputs are left; with them the side has no more
+        p.unit(name, "pcu", "t", mode="simd", vectors=0)
+        p.wire(name, "y.0.read")
+    assert not p.can_wait("y.0.read")
+    q = line(blocks=16)
+    q.read("y", "t", q.load("x", "load", "x", 6), [(6, 1)])
+    q.close()
+    assert not q.can_wait("y.0.read") and not q.can_tell("y.0.write")
