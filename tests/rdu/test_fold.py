@@ -56,6 +56,8 @@ def both(p, section):
 def assert_equal(plain, folded):
     assert type(plain) is type(folded)
     if isinstance(plain, str):
+        if plain.startswith("deadlock"):  # links that were joined are named by their ends
+            plain, folded = (text.partition(":")[0] for text in (plain, folded))
         assert plain == folded
         return
     assert plain.ticks == folded.ticks
