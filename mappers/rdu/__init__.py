@@ -419,8 +419,8 @@ class _Mapper:
             vision.projector_model(seen), vision.projector(self.share.sockets), [], "w", seen.tokens, **widths
         )
         self.assumed.append(
-            f"{self.images} of the prompt's parts are images, of {seen.tokens} tokens each, its first ones; the host cuts "
-            "them into patches, which are in HBM at the start"
+            f"images of each prompt: {self.images}, of {seen.tokens} tokens, which are its first; the host cuts them into "
+            "patches, which are in HBM at the start"
         )
         return before, layer, behind
 

@@ -3,8 +3,8 @@
 Plasticine: the regression applications of its own simulator's logs, on our array with a routed network. SN40L: what
 fusion and launches by the AGCUs are worth on a node of eight sockets, a Fourier convolution of 1 M points on one, and
 how long an expert takes to be switched. The baseline without fusion is ours: every operator a kernel, launched by the
-host, on all units that it can use. Of Table III all models are decoded, LLaVA's language model alone; its training
-runs, of which one is sparseGPT's, are not here.
+host, on all units that it can use. Of Table III all models are decoded; its training runs, of which one is sparseGPT's,
+are not here.
 """
 
 from collections.abc import Mapping, Sequence
