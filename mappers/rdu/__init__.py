@@ -33,7 +33,7 @@ from tilewright.mappers.rdu.coe import copy_ticks, map_composition
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.stages import BF16_BYTES, Region, ceil_div
+from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, Region, ceil_div
 from tilewright.mappers.rdu.waits import Clash, Queue, Waits
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
@@ -225,6 +225,26 @@ def _map_one(
 def _name(choice: Choice) -> str:
     names = [op.name for op in choice.ops]
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _meetings(built: Built, line: Pipeline) -> int:
+    """Links of a prompt's section that a stream shares with one whose packets may wait on their way until others come.
+
+    What is loaded is through before weights leave their memory units.
+    """
+    on: dict[tuple[str, int, int, int], list[str]] = {}
+    for r in built.routing.routes.values():
+        for hop in r.hops:
+            for out in hop.outs:
+                on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream.source)
+
+    def meet(sources: Sequence[str]) -> bool:
+        rests = [s for s in sources if s in line.resting]
+        if rests and all(s in line.later or s == LOADED for s in rests):
+            sources = [s for s in sources if s not in line.loading]
+        return bool(rests) and len(sources) > 1
+
+    return sum(map(meet, on.values()))
 
 
 class _Mapper:
@@ -664,6 +684,8 @@ class _Mapper:
         def on(clashes: Sequence[Clash]) -> int:
             return len({clash.queue for clash in clashes})
 
+        if choice.line.blocks > 1:
+            return _meetings(built, choice.line), choice, built
         avoid: dict[str, set[Queue]] = {}
         best: tuple[int, Choice, Built] | None = None
         for detour in range(DETOURS + 1):
