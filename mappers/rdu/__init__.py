@@ -33,8 +33,8 @@ from tilewright.mappers.rdu.coe import copy_ticks, map_composition
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.stages import BF16_BYTES, Region, ceil_div
-from tilewright.mappers.rdu.waits import Waits
+from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, Region, ceil_div
+from tilewright.mappers.rdu.waits import Clash, Queue, Waits
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
 
@@ -57,8 +57,10 @@ PERCENT, PROMPT_PERCENT = 92, 40
 TOKEN_PERCENTS = (PERCENT, 60, 40)  # in turn
 """Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
 find no routes on which none waits behind another."""
-TRIES = 8
+TRIES = 4
 """Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
+DETOURS = 8
+"""Times that streams are led by other ways, where they can't be kept apart."""
 HOPELESS = 40
 """Links with which other seeds are not tried."""
 CROWDED = Fraction(5, 4)
@@ -241,6 +243,26 @@ def _load(built: Built) -> Fraction:
     return max(
         (r.loads[n][link] / capacity for n in r.overused for link in r.overused[n]), default=Fraction(0)
     )
+
+
+def _meetings(built: Built, line: Pipeline) -> int:
+    """Links of a prompt's section that a stream shares with one whose packets may wait on their way until others come.
+
+    What is loaded is through before weights leave their memory units.
+    """
+    on: dict[tuple[str, int, int, int], list[str]] = {}
+    for r in built.routing.routes.values():
+        for hop in r.hops:
+            for out in hop.outs:
+                on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream.source)
+
+    def meet(sources: Sequence[str]) -> bool:
+        rests = [s for s in sources if s in line.resting]
+        if rests and all(s in line.later or s == LOADED for s in rests):
+            sources = [s for s in sources if s not in line.loading]
+        return bool(rests) and len(sources) > 1
+
+    return sum(map(meet, on.values()))
 
 
 class _Mapper:
@@ -829,23 +851,44 @@ class _Mapper:
         return len(self.kernels) - 1
 
     def _kept_apart(self, choice: Choice, built: Built) -> tuple[int, Choice, Built]:
-        """The section with the same places and routes, in which tokens keep streams that clash apart, and the links on
-        which some still do."""
-        waits = Waits(choice.line, built)
-        clashes = waits.clashes()
-        if not clashes:
-            return 0, choice, built
-        links = len({clash.queue for clash in clashes})
-        line = deepcopy(choice.line)
-        line.hold_back(waits.holds(clashes)[0])
-        section = Section(self.p, built.name)
-        line.into(section, choice.ticks(self.p))
-        try:  # tokens have wires of their own; what joins them takes units that are left
-            held = section.build(like=built)
-        except UserError:
-            return links, choice, built
-        left = len({clash.queue for clash in Waits(line, held).clashes()})
-        return left, replace(choice, line=line), held
+        """The section with the same places, in which tokens keep streams that clash apart, and the links on which some
+        still do. Streams of which neither can wait for the other are led by other ways, one and the other in turn."""
+
+        def on(clashes: Sequence[Clash]) -> int:
+            return len({clash.queue for clash in clashes})
+
+        if choice.line.blocks > 1:
+            return _meetings(built, choice.line), choice, built
+        avoid: dict[str, set[Queue]] = {}
+        best: tuple[int, Choice, Built] | None = None
+        for detour in range(DETOURS + 1):
+            waits = Waits(choice.line, built)
+            clashes = waits.clashes()
+            if not clashes:
+                return 0, choice, built
+            if best is None:
+                best = on(clashes), choice, built
+            holds, left = waits.holds(clashes)
+            if on(left) > HOPELESS:
+                break
+            section = Section(self.p, built.name)
+            if not left:
+                line = deepcopy(choice.line)
+                line.hold_back(holds)
+                line.into(section, choice.ticks(self.p))
+                try:  # tokens have wires of their own; what joins them takes units that are left
+                    held = section.build(like=built)
+                except UserError:
+                    break
+                return on(Waits(line, held).clashes()), replace(choice, line=line), held
+            for clash in left:
+                avoid.setdefault(clash.before if detour % 2 else clash.stream, set()).add(clash.queue)
+            choice.line.into(section, choice.ticks(self.p))
+            try:
+                built = section.build(like=built, avoid=avoid)
+            except UserError:
+                break
+        return best or (0, choice, built)
 
     def _tag(self, kernel: int, layer: int) -> str:
         own = self.kernels[kernel]

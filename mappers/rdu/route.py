@@ -14,7 +14,7 @@ and `yx` leave one path each, which is dimension-order routing.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
@@ -31,7 +31,18 @@ from tilewright.mappers.rdu.kernels import ONE, between_circles, grow_tree
 from tilewright.mappers.rdu.netlist import Netlist, Stream
 from tilewright.mappers.rdu.place import Placement
 
-__all__ = ["TURNS", "Hop", "Link", "Route", "Routing", "Turns", "route", "turn_allowed", "waiting_circle"]
+__all__ = [
+    "TURNS",
+    "Hop",
+    "Link",
+    "Route",
+    "Routing",
+    "Turns",
+    "rerouted",
+    "route",
+    "turn_allowed",
+    "waiting_circle",
+]
 
 Turns = Literal["acyclic", "any", "odd-even", "west-first", "xy", "yx"]
 TURNS: tuple[Turns, ...] = ("acyclic", "any", "odd-even", "west-first", "xy", "yx")
@@ -121,22 +132,49 @@ def route(
         raise UserError(f"turns must be one of {', '.join(TURNS)}, not {turns!r}")
     end = None if seconds is None else time.monotonic() + seconds
     routes: dict[str, Route] = {}
-    loads, overused = {}, {}
-    slow_down, used = Fraction(1), 0
+    used = 0
     for network in NETWORKS:
         streams = [s for s in netlist.streams if s.network == network]
         router = _Router(fabric, turns, streams, placement)
         used = max(used, router.negotiate(1 if turns in ("xy", "yx") else iterations, end))
-        found = router.routes()
-        routes |= {r.stream.name: r for r in found}
-        loads[network] = _loads(found)
+        routes |= {r.stream.name: r for r in router.routes()}
+    return _routing(netlist, fabric, routes, used)
+
+
+def rerouted(
+    netlist: Netlist,
+    fabric: Fabric,
+    placement: Placement,
+    routing: Routing,
+    avoid: Mapping[str, Collection[tuple[str, int, int, int]]],
+) -> Routing:
+    """The same routes but for some streams, which avoid input ports, (network, x, y, port), and what they displace.
+
+    No links wait for one another in a circle. Raises UserError where a stream can't avoid its ports, or there are too many
+    flows.
+    """
+    routes = dict(routing.routes)
+    for network in NETWORKS:
+        streams = [s for s in netlist.streams if s.network == network]
+        if any(s.source in avoid for s in streams):
+            router = _Router(fabric, "acyclic", streams, placement)
+            router.resume(routing, avoid)
+            routes |= {r.stream.name: r for r in router.routes()}
+    return _routing(netlist, fabric, routes, routing.iterations)
+
+
+def _routing(netlist: Netlist, fabric: Fabric, routes: Mapping[str, Route], iterations: int) -> Routing:
+    loads, overused = {}, {}
+    slow_down = Fraction(1)
+    for network in NETWORKS:
+        loads[network] = _loads(r for r in routes.values() if r.stream.network == network)
         overused[network] = tuple(
             link for link, load in loads[network].items() if load > fabric.capacity and _in_mesh(fabric, link)
         )
         for link, load in loads[network].items():
             slow_down = max(slow_down, load / (fabric.capacity if _in_mesh(fabric, link) else 1))
     order = {s.name: routes[s.name] for s in netlist.streams if s.name in routes}
-    return Routing(order, loads, overused, slow_down, used)
+    return Routing(order, loads, overused, slow_down, iterations)
 
 
 def _in_mesh(fabric: Fabric, link: Link) -> bool:
@@ -232,6 +270,7 @@ class _Router:
         self.count = np.zeros_like(self.load)
         self.history = np.zeros_like(self.load)
         self.trees: dict[int, _Tree] = {}
+        self.banned: dict[int, list[int]] = {}
 
         states = switches * _PORTS
         self._cost, self._stamp, self._parent = (np.zeros(states, np.int64) for _ in range(3))
@@ -288,6 +327,40 @@ class _Router:
                 stale, last = 0, max(last, iteration + _AGAIN)
         return iteration
 
+    def resume(self, routing: Routing, avoid: Mapping[str, Collection[tuple[str, int, int, int]]]) -> None:
+        """Go on from routes that were found; streams that `avoid` ports are routed anew, and those in circles with them."""
+        columns = self.fabric.columns
+        again = set()
+        for i, s in enumerate(self.streams):
+            hops = routing.routes[s.name].hops
+            index = {(h.x, h.y, h.port): k for k, h in enumerate(hops)}
+            states = np.array([(h.y * columns + h.x) * _PORTS + h.port for h in hops], np.int64)
+            parents = np.full(len(hops), -1, np.int64)
+            at: dict[tuple[int, int, int], int] = {}
+            for k, h in enumerate(hops):
+                for out in h.outs:
+                    at[h.x, h.y, out] = k
+                    if out < LOCAL:
+                        there = index.get((h.x + STEP[out][0], h.y + STEP[out][1], OPPOSITE[out]))
+                        if there is not None:
+                            parents[there] = k
+            ends = []
+            for n in self.order_of_sinks[i]:
+                site = self.sites[i][n]
+                ends.append(
+                    at[site.x, site.y, site.port + (s.sinks[n - 1].input if site.port == LOCAL else 0)]
+                )
+            self._put(i, _Tree(states, parents, np.array(ends, np.int64)))
+            ports = [port for network, *port in avoid.get(s.source, ()) if network == s.network]
+            if ports:
+                again.add(i)
+                self.banned[i] = [(y * columns + x) * _PORTS + port for x, y, port in ports]
+        while again:
+            for i in sorted(again):
+                self._put(i, None)
+                self._put(i, self._grow(i, ONE * ONE))
+            again = self._break_circles()
+
     def _break_circles(self) -> set[int]:
         """Take away turns until no links wait for one another in a circle; returns the streams that used them."""
         trees = sorted(self.trees.items())
@@ -335,11 +408,15 @@ class _Router:
     def _grow(self, i: int, present: int) -> _Tree:
         fabric, targets = self.fabric, self.targets[i]
         ends = np.zeros(len(targets), np.int64)
+        banned = self.banned.get(i)
+        follow = np.where(np.isin(self.follow, banned), -1, self.follow) if banned else self.follow
         states = grow_tree(
             self.sources[i], targets, self.rates[i], ONE, _AT_LEAST, min(fabric.hop, fabric.die_hop), fabric.columns,
-            self.follow, self.base, self.load, self.count, self.history, self.capacity, fabric.flows, present,
+            follow, self.base, self.load, self.count, self.history, self.capacity, fabric.flows, present,
             self._cost, self._stamp, self._clock, self._parent, self._heap, self._tree, self._tree_parent, ends,
         )  # fmt: skip
+        if states < 0 and banned:
+            raise UserError(f"stream {self.streams[i].name} can't avoid the links it is to")
         if states < 0:
             raise RuntimeError(f"stream {self.streams[i].name} can't reach a sink")
         return _Tree(self._tree[:states].copy(), self._tree_parent[:states].copy(), ends)

@@ -4,7 +4,7 @@ A mapper names units and says what each does, in the fields of the records of `a
 and the routes of their streams, and writes the records that configure the machine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -22,7 +22,7 @@ from tilewright.mappers.rdu.fabric import LOCAL, Fabric
 from tilewright.mappers.rdu.gates import balanced
 from tilewright.mappers.rdu.netlist import Netlist, Sink, Stream, Unit
 from tilewright.mappers.rdu.place import Placement, place
-from tilewright.mappers.rdu.route import Routing, Turns, route
+from tilewright.mappers.rdu.route import Routing, Turns, rerouted, route
 from tilewright.mappers.rdu.store import remembered
 
 __all__ = ["Built", "Section", "segment"]
@@ -264,20 +264,30 @@ class Section:
         time_limit_s: float | None = None,
         remember: bool = True,
         like: Built | None = None,
+        avoid: Mapping[str, Collection[tuple[str, int, int, int]]] | None = None,
     ) -> Built:
         """Place, route, and write the records.
 
         `at` keeps units at the switch (x, y). The result depends on the seed alone unless `time_limit_s` cuts the
         search short; places and routes are then not kept on disk, nor without `remember`. Raises UserError for what
         doesn't fit the machine. `like` is a section with all of the streams of this one, whose places and routes are kept;
-        units that it lacks take any that are left.
+        units that it lacks take any that are left, and streams from units in `avoid` are routed anew, not by these input ports,
+        (network, x, y, port).
         """
         fabric = Fabric.of(self.params)
         netlist = self.netlist()
         if like is not None:
             placement = place(netlist, fabric, moves=0, pinned=like.placement.sites)
-            records = self._records(fabric, placement, like.routing)
-            return Built(self.name, netlist, fabric, placement, like.routing, records, self.tags)
+            routing = like.routing
+            if avoid:
+                bans = {source: sorted(ports) for source, ports in sorted(avoid.items())}
+                before = [(r.stream.name, r.hops) for r in routing.routes.values()]
+                routing = remembered(
+                    repr((fabric, netlist, sorted(placement.sites.items()), before, bans)),
+                    lambda: rerouted(netlist, fabric, placement, like.routing, bans),
+                )
+            records = self._records(fabric, placement, routing)
+            return Built(self.name, netlist, fabric, placement, routing, records, self.tags)
         found = {(s.kind, s.x, s.y): i for i, s in enumerate(fabric.sites)}
         pinned = {}
         for unit, (x, y) in (at or {}).items():

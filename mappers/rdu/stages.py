@@ -35,9 +35,12 @@ __all__ = ["Flow", "Pipeline", "Region", "ceil_div", "constant", "first_column",
 
 BF16_BYTES = 2
 LOADED = "loaded"
-LOADING = Fraction(1, 4096)
-"""Rate by which to route a stream which is over before the rows come: `SHARING` of them may lie with one of weights."""
+LEAST = Fraction(1, 64)
+"""Rate that the rarest stream of a prompt is given to route it by."""
+LOADING = Fraction(1, 16)
+"""As a part of the least rate, that of a stream which is over before the rows come."""
 SHARING = 4
+"""As many of them may lie with one of weights."""
 _RING = 1 << ADDRESS_BITS
 
 
@@ -1104,9 +1107,13 @@ class Pipeline:
         """
         self.close()
         most = max(ticks, self.interval()[0])
-        least = Fraction(1, self.p.flows)  # the rarest takes one of a link's flows
-        # Rows of a prompt find their weights there.
-        resting = self.resting if self.blocks > 1 else self.resting | self.rests()
+        if self.blocks > 1:  # rows of a prompt find their weights there
+            least, resting = LEAST, self.resting
+        else:  # the rarest takes one of a link's flows
+            least, resting = Fraction(1, self.p.flows), self.resting | self.rests()
+        loading = least * LOADING
+        if self.blocks > 1 and self.loading:
+            least *= 2  # seen beside weights, which leave loads some room
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=self.prefix + u.tag, **fields)
@@ -1114,9 +1121,9 @@ class Pipeline:
             # However rare a stream is, it counts beside one that claims the link.
             rate = min(Fraction(1), max(least, Fraction(self.packets(source), max(1, most))))
             if source in resting:
-                rate = 1 - SHARING * LOADING if source in self.later else Fraction(1)
+                rate = 1 - SHARING * loading if source in self.later else Fraction(1)
             elif source in self.loading:
-                rate = LOADING
+                rate = loading
             section.stream(source, *sinks, network=self.networks[source], rate=rate)
         for source, sink, index in self.tokens:
             section.token(source, 0, sink, index)

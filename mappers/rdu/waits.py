@@ -32,7 +32,7 @@ from tilewright.mappers.rdu.route import Route
 from tilewright.mappers.rdu.section import Built
 from tilewright.mappers.rdu.stages import Pipeline
 
-__all__ = ["Clash", "Waits"]
+__all__ = ["Clash", "Queue", "Waits"]
 
 Queue = tuple[str, int, int, int]
 """Network, switch and its port: what has come by it waits there."""

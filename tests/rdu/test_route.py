@@ -15,7 +15,7 @@ from tilewright.mappers.rdu.draw import draw
 from tilewright.mappers.rdu.fabric import EAST, LOCAL, NORTH, SOUTH, WEST, Fabric, checkerboard
 from tilewright.mappers.rdu.netlist import Netlist, Sink, Stream, Unit
 from tilewright.mappers.rdu.place import Placement, place
-from tilewright.mappers.rdu.route import TURNS, Hop, Link, route, turn_allowed, waiting_circle
+from tilewright.mappers.rdu.route import TURNS, Hop, Link, rerouted, route, turn_allowed, waiting_circle
 
 
 def at(fabric, **positions):
@@ -209,6 +209,37 @@ def cases(draw):
 def test_packets_arrive_by_the_tables(case, turns):
     fabric, netlist, placement = case
     result = route(netlist, fabric, placement, turns=turns, iterations=12)
+    walk(fabric, placement, result, turns)
+    if turns != "any":
+        assert waiting_circle(result) is None
+    assert result == route(netlist, fabric, placement, turns=turns, iterations=12)
+
+
+@given(cases(), st.randoms(use_true_random=False))
+def test_streams_take_other_ways(case, random):
+    fabric, netlist, placement = case
+    first = route(netlist, fabric, placement, iterations=12)
+    inner = [(r, h) for r in first.routes.values() for h in r.hops[1:]]
+    if not inner:
+        return
+    some = random.sample(inner, min(len(inner), 2))
+    avoid = {}
+    for r, h in some:
+        avoid.setdefault(r.stream.source, set()).add((r.stream.network, h.x, h.y, h.port))
+    try:
+        result = rerouted(netlist, fabric, placement, first, avoid)
+    except UserError as error:
+        assert "can't avoid" in str(error)
+        return
+    walk(fabric, placement, result, "acyclic")
+    assert waiting_circle(result) is None
+    for r, h in some:
+        assert all((h.x, h.y, h.port) != (k.x, k.y, k.port) for k in result.routes[r.stream.name].hops)
+    assert rerouted(netlist, fabric, placement, first, {}) == first
+
+
+def walk(fabric, placement, result, turns):
+    """Packets arrive at all sinks when they are said to, by tables without conflicts; loads count them on each link."""
     # The tables of all switches; no two streams share an entry.
     tables = {}
     for r in result.routes.values():
@@ -251,9 +282,6 @@ def test_packets_arrive_by_the_tables(case, turns):
     for network, loads in counted.items():
         inner = [k for k in loads if not k.into and k.port < LOCAL and fabric.neighbour(*k[:3])]
         assert set(result.overused[network]) == {k for k in inner if loads[k] > 1}
-    if turns != "any":
-        assert waiting_circle(result) is None
-    assert result == route(netlist, fabric, placement, turns=turns, iterations=12)
 
 
 @settings(max_examples=40)
