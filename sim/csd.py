@@ -8,6 +8,7 @@ link reaches from one block into the next.
 
 import hashlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from tilewright.arch.scenario import Progress
 from tilewright.arch.timeline import SPAN, Timeline, fold_spans
 from tilewright.arch.trace import LOG
 from tilewright.sim import csd_drive
+from tilewright.sim.csd_beside import PROCESSORS, Beside
 from tilewright.sim.csd_flash import grown_channels, new_channels
 from tilewright.sim.csd_fold import Memory, mark
 from tilewright.sim.csd_state import (
@@ -78,6 +80,9 @@ from tilewright.sim.csd_tables import RECLAIMS, REFUSED, Tables
 Array = np.ndarray
 _SPARF = arch.ATTENTIONS.index("sparf")
 _AT_REST = 1  # STOPPED
+_WAITING = (
+    2 * PROCESSORS
+)  # blocks that are known before they are executed, so that processors have enough to do
 
 
 # ---- commands -----------------------------------------------------------------------------------------
@@ -174,33 +179,50 @@ def _fill(p: CsdParams, tables: Tables, segment: int, code: Array) -> None:
 class _Ahead:
     """The commands of a block: what is known of them before they are executed, and pages and masks of those that are."""
 
-    def __init__(
-        self, p: CsdParams, tables: Tables, decisions: Decisions, block: _Block, code: Array, before: int
-    ):
-        """The block's begin at row `before` of the drive's `code`."""
-        self._p, self._tables, self._decisions, self._block = p, tables, decisions, block
-        self._code, self._before, self._end = code, before, len(code) - 1
-        self._marked = [*np.flatnonzero(code[:, REST]).tolist(), self._end]
-        self._masks = np.zeros(len(code), np.uint64)
-        self._masks[before:-1] = np.concatenate([self._masks[:0], *block.masks])
-        self._estimates = self._masks > 0
+    def __init__(self, p: CsdParams, tables: Tables, decisions: Decisions, block: _Block) -> None:
+        self._p, self._tables, self._decisions, self.block = p, tables, decisions, block
+        end = np.zeros((1, CODE_COLUMNS), np.int64)
+        self.code = np.concatenate([*(piece.rows for piece in block.pieces), end])
+        self._before, self._end = 0, len(self.code) - 1
+        self._masks = np.concatenate([*block.masks, np.zeros(1, np.uint64)])
+        self.digests = np.zeros(len(self.code), np.uint64)
+        self.known = self.placed = 0
+        self._looked = False
         self._chosen: dict[tuple[int, ...], int] = {}  # where masks begin
         self._chosen_size = self._page_count = 0
-        self.digests = np.zeros(len(code), np.uint64)
-        self.known = self.placed = before
+
+    def look(self, beside: Beside | None) -> bool:
+        """Follow commands while others before them are not executed; those are all known. Returns whether these are."""
+        if not self._looked:
+            self._looked = True
+            self._follow()
+            if beside is not None:
+                beside.begin(self.code, self.digests, self._masks > 0, self.known)
+        return self.known == self._end
+
+    def begin(self, pending: Array, last: int) -> None:
+        """They are executed, behind commands that have not ended; `last` stands behind them all."""
+        before = len(pending)
+        self.code[-1, OP] = last
+        self.code = np.concatenate([pending, self.code])
+        self.code[:before, REST] = 0
+        none = np.zeros(before, np.uint64)
+        self._masks, self.digests = np.concatenate([none, self._masks]), np.concatenate([none, self.digests])
+        self._before, self._end = before, self._end + before
+        self.known, self.placed = self.known + before, before
+        self._estimates = self._masks > 0
+        self._marked = [*np.flatnonzero(self.code[:, REST]).tolist(), self._end]
         self._follow()
 
     def _follow(self) -> None:
         """Go on, where all commands that are known are placed or left out: later ones may write over their pages."""
         while self.known == self.placed < self._end:
-            self.known, why = self._tables.follow(
-                self._code, self._masks, self.known, self._end, self.digests
-            )
+            self.known, why = self._tables.follow(self.code, self._masks, self.known, self._end, self.digests)
             if why == REFUSED:
-                self._block.command(self._tables, self.known - self._before)
+                self.block.command(self._tables, self.known - self._before)
                 raise AssertionError(f"command {self.known - self._before} was refused for no reason")
             if why == RECLAIMS and self.known == self.placed:
-                self._block.command(self._tables, self.known - self._before)
+                self.block.command(self._tables, self.known - self._before)
                 self.digests[self.known] = self._tables.unlike()
                 self.known += 1
 
@@ -215,12 +237,12 @@ class _Ahead:
         self._follow()
         first = self.placed
         end = min(self._marked[bisect_right(self._marked, first)] if first < self._end else first, self.known)
-        need = self._page_count + self._tables.count(self._code, first, end)
+        need = self._page_count + self._tables.count(self.code, first, end)
         if need > len(d.pages):
             more = np.zeros(2 * need, np.uint32)
             more[: self._page_count] = d.pages[: self._page_count]
             d = d._replace(pages=more)
-        self._page_count = self._tables.place(self._code, first, end, d.pages, self._page_count)
+        self._page_count = self._tables.place(self.code, first, end, d.pages, self._page_count)
         for i in np.flatnonzero(self._estimates[first:end]).tolist():
             d = self._choose(d, first + i)
         self.placed = d.one[LIMIT] = end
@@ -228,8 +250,8 @@ class _Ahead:
 
     def _choose(self, d: Drive, i: int) -> Drive:
         """Masks of an ATTEND that estimates: those that are alike are there once."""
-        row = self._code[i]
-        selection = self._block.recorded.get(i - self._before)
+        row = self.code[i]
+        selection = self.block.recorded.get(i - self._before)
         key: tuple[int, ...] = (i,)
         if selection is None:
             key = (-1 - row[SLOT] % self._p.patterns, *row[[HEADS, TOKENS, D, R, K, LOCAL]].tolist())
@@ -287,32 +309,28 @@ def _grown(d: Drive, n_tags: int) -> Drive:
 class _Machine:
     """The drive between two blocks."""
 
-    def __init__(self, p: CsdParams, tables: Tables, decisions: Decisions, n_tags: int) -> None:
-        self._p, self._tables, self._decisions = p, tables, decisions
-        self._memory = Memory()
+    def __init__(self, p: CsdParams, n_tags: int) -> None:
+        self._p = p
+        self.memory = Memory()
         self.drive = _new_drive(p, n_tags)
 
-    def execute(self, block: _Block, last: bool) -> Array:
+    def execute(self, ahead: _Ahead, last: bool) -> Array:
         """Execute a block; returns first tick and end of each of its commands, [n, 2]."""
         d = self.drive
-        rows = np.concatenate([d.code[:0], *(piece.rows for piece in block.pieces)])
-        highest = int(rows[:, TAG].max(initial=-1)) + 1
+        highest = int(ahead.code[:-1, TAG].max(initial=-1)) + 1
         if highest > len(d.counters) - 1:
             d = _grown(d, highest)
         # What GPU and link have not done yet stands in front, as the decoder may wait for it.
         pending = np.isin(d.code[:, OP], (GPU, LINK)) & (d.log[:, LOG_END] > d.one[NOW])
         before = int(pending.sum())
-        end = np.zeros((1, CODE_COLUMNS), np.int64)
-        end[0, OP] = FINISH if last else PAUSE
-        log = np.zeros((before + len(rows) + 1, d.log.shape[1]), np.int64)
+        ahead.begin(d.code[pending], FINISH if last else PAUSE)
+        log = np.zeros((len(ahead.code), d.log.shape[1]), np.int64)
         log[:before] = d.log[pending]
-        d = d._replace(code=np.concatenate([d.code[pending], rows, end]), log=log)
+        d = d._replace(code=ahead.code, log=log)
         d.one[INDEX] = before
         d.one[[GPU_ROW, LINK_ROW]] = 0
         d.one[RESUMED] = -1
-        d.code[:before, REST] = 0
-        ahead = _Ahead(self._p, self._tables, self._decisions, block, d.code, before)
-        self._memory.begin(d.code)
+        self.memory.begin(d.code)
         while True:
             d = ahead.place(d)
             csd_drive.run(self._p, d)
@@ -321,7 +339,7 @@ class _Machine:
             if d.one[INDEX] == len(d.code) - 1:
                 break
             if d.one[STOPPED] == _AT_REST:
-                self._memory.advance(d, ahead)
+                self.memory.advance(d, ahead)
         self.drive = d
         return log[before:-1, [LOG_FIRST, LOG_END]]
 
@@ -371,15 +389,25 @@ def simulate(
         decisions = Decisions.drawn(p) if recorded is None else Decisions.recorded(p, recorded)
     tags = list(program.tags)
     tables = Tables(p)
-    machine = _Machine(p, tables, decisions, len(tags))
+    machine = _Machine(p, len(tags))
+    beside = Beside(p, tables, machine.memory, _new_drive) if fold else None
+    waiting: deque[_Ahead] = deque()
     spans: dict[int, Array] = {}
     logs: list[Array] = []
     labels: list[str] = []
     kept = 0
 
-    def execute(block: _Block, last: bool) -> None:
+    def look() -> None:
+        """What waits is known up to what must wait for others."""
+        for ahead in waiting:
+            if not ahead.look(beside):
+                return
+
+    def execute(last: bool) -> None:
         nonlocal kept
-        ticks = machine.execute(block, last)
+        look()
+        ahead = waiting.popleft()
+        ticks, block = machine.execute(ahead, last), ahead.block
         for piece in block.pieces:
             own, ticks = ticks[: len(piece.code)], ticks[len(piece.code) :]
             if len(own):
@@ -391,13 +419,21 @@ def simulate(
         if progress and block.pieces:
             progress(block.pieces[-1].segment + 1, steps)
 
-    block = _Block(p, decisions, fold)
-    for number, code in _pieces(p, program, tables, labels):
-        if block.pieces and len(code) and code["op"][0] == arch.OP["CONFIG"]:
-            execute(block, False)
-            block = _Block(p, decisions, fold)
-        block.add(number, code)
-    execute(block, True)
+    try:
+        block = _Block(p, decisions, fold)
+        for number, code in _pieces(p, program, tables, labels):
+            if block.pieces and len(code) and code["op"][0] == arch.OP["CONFIG"]:
+                waiting.append(_Ahead(p, tables, decisions, block))
+                if len(waiting) > _WAITING:
+                    execute(False)
+                block = _Block(p, decisions, fold)
+            block.add(number, code)
+        waiting.append(_Ahead(p, tables, decisions, block))
+        while waiting:
+            execute(len(waiting) == 1)
+    finally:
+        if beside is not None:
+            beside.end()
     end = machine.finish()
     d = machine.drive
     tags += [f"tag {i}" for i in range(len(tags), len(d.counters) - 1)]

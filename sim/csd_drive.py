@@ -1032,7 +1032,7 @@ def _flash(p, d, now):
         one[DECODER_NEXT] = min(one[DECODER_NEXT], now + 1)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def run(p, d):
     """Execute commands, from tick NOW up to that of FINISH or PAUSE, or one in which a command with REST finds everything
     at rest but the GPU, or, STOPPED being 2, one in which the decoder would take the command LIMIT: in that tick nothing but the

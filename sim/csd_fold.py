@@ -10,6 +10,7 @@ stretch would end with does not find all at rest, as dies still program, it is l
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -74,7 +75,7 @@ class _Tags(NamedTuple):
     attend: int
 
 
-class _Done(NamedTuple):
+class Done(NamedTuple):
     """What a stretch did: differences, ticks since its beginning, and the turns that it leaves."""
 
     ticks: int
@@ -105,7 +106,8 @@ class Memory:
     """What was done so far, by what it was."""
 
     def __init__(self) -> None:
-        self._done: dict[tuple[int, int], _Done] = {}  # by number of commands and digest
+        self._done: dict[tuple[int, int], Done] = {}  # by number of commands and digest
+        self._promised: dict[tuple[int, int], Callable[[], Done | None]] = {}
         self._longer: dict[
             tuple[int, int], int
         ] = {}  # commands of stretches that are not over where they might be
@@ -115,6 +117,14 @@ class Memory:
         self._anew: list[bool] = []
         self._arrivals = False
         self._gpu: list[int] = []
+
+    def lacks(self, key: tuple[int, int]) -> bool:
+        """Whether nothing is known of such stretches."""
+        return not (key in self._done or key in self._promised or key in self._longer)
+
+    def promise(self, key: tuple[int, int], result: Callable[[], Done | None]) -> None:
+        """What such a stretch does, from elsewhere; None if it does not end where it might."""
+        self._promised[key] = result
 
     def begin(self, code: Array) -> None:
         """Other commands; a stretch that has not come to its end by now does not count."""
@@ -129,7 +139,7 @@ class Memory:
     def advance(self, d: Drive, ahead: Ahead) -> None:
         """The drive is at rest before the command INDEX: keep what it did, and repeat what it did before, up to a command
         from which it must be simulated."""
-        first, now, turns_now = int(d.one[INDEX]), int(d.one[NOW]), _turns(d)
+        first, now, turns_now = int(d.one[INDEX]), int(d.one[NOW]), turns_of(d)
         finish(d, now)
         while True:
             ahead.leave_out(first)
@@ -148,7 +158,7 @@ class Memory:
 
     def _find(
         self, d: Drive, ahead: Ahead, first: int, now: int, turns_now: Array
-    ) -> tuple[int, _Done, _Tags] | None:
+    ) -> tuple[int, Done, _Tags] | None:
         """A round or a stretch from `first` on that was done before: its end, what it does and its tags; those that were
         not are opened."""
         for level, ends in enumerate(self._ends):
@@ -167,6 +177,10 @@ class Memory:
             if self._arrivals and d.code[first : end + 1, NOT_BEFORE].max() > now:
                 continue
             own = self._tags_of(d, first, end, tags)
+            if key in self._promised:
+                done = self._promised.pop(key)()
+                if done is not None:
+                    self._done[key] = done
             if key in self._done:
                 return end, self._done[key], own
             rows = own.rows
@@ -196,7 +210,7 @@ class Memory:
             if o.end == index:
                 log = d.log[o.first : o.end].copy()
                 log[:, :2] -= o.now
-                self._done[o.key] = _Done(
+                self._done[o.key] = Done(
                     now - o.now,
                     int(d.one[GPU_END]) - now if o.gpu else None,
                     log,
@@ -216,7 +230,7 @@ class Memory:
             self._tags[key] = _Tags(np.array([*dict.fromkeys([*before.tolist(), *tags.tolist()]), -1]), *last)
         return self._tags[key]
 
-    def _repeat(self, d: Drive, first: int, end: int, now: int, done: _Done, tags: _Tags) -> None:
+    def _repeat(self, d: Drive, first: int, end: int, now: int, done: Done, tags: _Tags) -> None:
         """What was done from tick `now` on, but for turns and time."""
         _add(d.log[first:end], done.log, now, tags.rows, d.activity, done.activity, d.counters, done.counters)
         d.flash.totals[:] += done.totals
@@ -249,7 +263,8 @@ def _at_work(d: Drive, first: int, now: int) -> tuple[Array, Array]:
     return d.log[rows, LOG_END] - now, d.code[rows, TAG]
 
 
-def _turns(d: Drive) -> Array:
+def turns_of(d: Drive) -> Array:
+    """All that a drive at rest remembers."""
     return np.concatenate([d.one[_TURNS], d.shares[:, S_TURN], turns(d.flash)])
 
 

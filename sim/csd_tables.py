@@ -126,6 +126,14 @@ def key_of(rows, digests, first, end, turns, left, tags, queue):
     return h
 
 
+@njit(cache=True)
+def keys_of(rows, digests, first, end, queue, out):
+    """Those of stretches that give turns anew and have nothing to do with the GPU."""
+    nothing = np.zeros(0, np.int64)
+    for i in range(len(first)):
+        out[i] = key_of(rows, digests, first[i], end[i], nothing, nothing, nothing, queue)
+
+
 # ---- what commands find and give ----------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from tilewright.arch import csd as arch
 from tilewright.arch.csd_pages import PageTables, Selection
 from tilewright.rtl.cosim.cases import Case
 from tilewright.rtl.csd import run as bench
-from tilewright.sim import csd_fold
+from tilewright.sim import csd_beside, csd_fold
 from tilewright.sim.csd import simulate
 from tilewright.verify.engine import one_by_one
 from tilewright.workloads.csd import blank_image
@@ -262,9 +262,12 @@ def test_segments_are_joined_tags_grow_and_commands_are_kept():
 # ---- folding ------------------------------------------------------------------------------------------
 
 
-def assert_folds(p, program):
-    """Whatever was folded: all is as without."""
-    folded, plain = (simulate(p, program, fold=fold, trace=1000) for fold in (True, False))
+def assert_folds(p, program, worth=csd_beside.WORTH):
+    """Whatever was folded, and simulated beside the run: all is as without."""
+    plain = simulate(p, program, fold=False, trace=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csd_beside, "WORTH", worth)
+        folded = simulate(p, program, trace=1000)
     for name in ("ticks", "events"):
         assert getattr(folded, name) == getattr(plain, name)
     for name in ("activity", "counters", "spans", "log"):
@@ -392,17 +395,61 @@ _SOME = (
 
 @settings(deadline=None, max_examples=60)
 @given(
+    st.sampled_from((0, csd_beside.WORTH)),
     st.lists(st.tuples(st.sampled_from(_SOME), st.sampled_from((0, 1, 2, 4, 4, 4, 5, 6)), st.integers(0, 2)), min_size=1, max_size=5),
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7), st.sampled_from((0, 0, 3000, 60000))), min_size=2, max_size=6),
 )  # fmt: skip
-def test_folding_knows_gpu_and_link(body, rounds):
+def test_folding_knows_gpu_and_link(worth, body, rounds):
     """The same commands again and again; in each round one of them waits for something else, or until later."""
     lines = []
     for place, after, late in rounds:
+        lines.append(f".segment label=round\n{CONFIG}")
         for i, (text, usual, tag) in enumerate(body):
             ends = f" after={after} not_before={late}" if i == place else f" after={usual}"
             lines.append(f"{text}{ends} tag={text.split()[0]}{tag}")
-    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + "\n".join(lines)))
+    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + "\n".join(lines)), worth)
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+def test_stretches_are_simulated_beside_the_run(processors, repeats, monkeypatch):
+    """Eight steps, of which each attends to other tokens, in two stretches that are alike: one of them is simulated, on a
+    drive of its own, and both are repeated."""
+    done = []
+    simulated = csd_beside.Beside._simulate
+    monkeypatch.setattr(csd_beside.Beside, "_simulate", lambda *a: done.append(simulated(*a)) or done[-1])
+    monkeypatch.setattr(csd_beside, "PROCESSORS", processors)
+    text = HEAD
+    for tokens in range(20, 28):
+        attends = "".join(f"ATTEND slot=0 tokens={tokens} after=4 tag={tag}\n" for tag in "ab")
+        text += f".segment label=step\n{CONFIG}{attends}GPU operations=9 after=4\n"
+    assert_folds(SYSTEM, arch.ISA.assemble(text), worth=0)
+    assert len(done) == 8 and None not in done and len(repeats) == 16
+
+
+def test_what_does_not_end_at_rest_is_not_taken_from_beside(repeats):
+    """The ATTEND behind does not wait for the heads, but for the link, and has other ones at work beside it."""
+    text = "ATTEND slot=0 tokens=48 after=4\nATTEND slot=0 tokens=20 after=2\n.segment label=more\n" + CONFIG
+    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + text * 3), worth=0)
+
+
+def test_what_is_done_beside_leaves_turns():
+    """One head goes to the first kernel; the next one, behind the link, to the second."""
+    text = "ATTEND slot=0 tokens=48 after=4\nLINK path=host bytes=9000\nATTEND slot=0 tokens=20 after=2\n"
+    text = f"{CONFIG}{text}LINK path=host bytes=9 after=4\n.segment label=more\n"
+    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + text * 3 + CONFIG), worth=0)
+
+
+def test_selections_and_what_is_written_over_are_not_simulated_beside(monkeypatch):
+    config = CONFIG.replace("CONFIG", "CONFIG attention=sparf r=2 k=3 mean=1")
+    attends = "".join(f"ATTEND slot=0 tokens={n} after=4\n" for n in (40, 41, 42))
+    with monkeypatch.context() as patch:
+        patch.setattr(csd_beside.Beside, "_simulate", None)
+        assert_folds(SYSTEM, arch.ISA.assemble(HEAD + config + attends), worth=0)
+    step = (
+        ".segment label=step\n" + CONFIG + "WRITE slot=0 first=0 tokens={}\nATTEND slot=0 tokens=20 after=4\n"
+    )
+    text = "".join(step.format(n) for n in (8, 24, 16, 8))
+    assert_folds(SYSTEM, arch.ISA.assemble(HEAD + text + ATTENDS * 2), worth=0)
 
 
 @settings(deadline=None, max_examples=25)
