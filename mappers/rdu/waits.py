@@ -4,7 +4,7 @@ A *side* is a unit, or one side of a memory unit. By its configuration a side wa
 each of its streams, and, where it gives more of them than its own link to the switch holds, for room; a packet waits for
 what its stream waits for at the links ahead, until its side takes it. A memory unit takes what comes unless a token holds
 it, and so does a gate; a compute unit takes a packet when the others of the iteration are there, too. Of as many packets
-as a side's own link holds none ever waits on a link that it shares.
+as a side's own link holds none waits on a link that others share but for those before it.
 
 All that is a graph, drawn here once for all times: if A ever waits for B, there is a way from A to B. Links that streams
 share add edges to it: a packet waits for what those before it wait for. None is added between streams of which one is
@@ -17,9 +17,9 @@ less than on links of its own, where it would stand still as well (of processes 
 stopped by more room or by another order of steps; Kahn, "The semantics of a simple language for parallel programming",
 IFIP 1974; Parks, "Bounded scheduling of process networks", Berkeley 1995). Links by themselves close no circle: `route`.
 
-Where such an edge does lie on one, the streams can be kept apart: the one whose side is needed later begins when the
-other is through, by tokens. `later` is the height in the graph without these edges. What waits for something is above it, so
-tokens that point from the later to the earlier close no circle, together with all the others.
+Where such an edge does lie on one, tokens can keep the streams apart: one of them begins when the other is through. Each side
+has a height, the steps on the longest way that leads to it; what it waits for is no lower. Tokens from the lower of two sides
+to the higher, or along a line where no way leads back, close no circle, together with all the others.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -55,11 +55,9 @@ class Waits:
     def __init__(self, line: Pipeline, built: Built) -> None:
         self.line = line
         self.inputs: dict[str, list[str]] = {}  # streams of each side
-        self.takers: dict[str, list[str]] = {}  # sides of each stream
         for source, sinks in line.sinks.items():
             sides = [line.side(unit, "write") for unit, _ in sinks]
-            self.takers[source] = list(dict.fromkeys(sides))
-            for side in self.takers[source]:
+            for side in dict.fromkeys(sides):
                 self.inputs.setdefault(side, []).append(source)
         self.givers: dict[
             str, list[tuple[str, int]]
