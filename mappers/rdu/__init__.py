@@ -227,7 +227,7 @@ def _map_one(
         ],
         draw=mapper.draw(),
         beside={name: kept_choices | other for name, other in others.items()}
-        if mapper.document["fusion"] == "fused"
+        if mapper.document["fusion"] == "fused" and not scenario.train  # long to route without fusion
         else {},
     )
 

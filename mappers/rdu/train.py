@@ -6,7 +6,7 @@ as it comes, and the optimizer element by element. The gradient of a weight is a
 x, which a diagonal stripe turns, by the gradient of y, which stays in memory units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import lcm
 from typing import Any
 
@@ -223,14 +223,14 @@ class Training(Rows):
         what = _optimized(tensor)
         return what in OPTIMIZED and what not in ("grad", "copy")
 
-    def build(self, ops: Sequence[Op], keep: object, layer: str = "") -> Pipeline:
+    def build(self, ops: Sequence[Op], keep: Iterable[str], layer: str = "") -> Pipeline:
         """As `Rows`; the cache has no room for rows that fill up blocks."""
         rows = self.tiles.groups * self.tiles.blocks * self.p.lanes
         if any(op.kind == "positions" for op in ops) and rows != self.keys:
             raise UserError(
                 f"{self.keys} tokens are not {rows} rows: {self.tiles.groups} groups of even blocks"
             )
-        return super().build(ops, keep, layer)  # type: ignore[arg-type]
+        return super().build(ops, keep, layer)
 
     def columns(self, tensor: str) -> int:
         """Columns of a matrix."""
@@ -565,7 +565,7 @@ class Training(Rows):
     def _summed(self, name: str, tag: str, parts: Sequence[Flow], head: int) -> Flow:
         """Partial products of the chunks joined and rounded: a head's columns of a matrix."""
         s, dim = self.share, self.model.head_dim
-        flows = [line_part for line_part in parts]
+        flows = list(parts)
         while len(flows) > self.p.vector_inputs:
             flows = self._fewer(f"{name}.join{len(flows)}", tag, flows, dim)
         return self.line.simd(
