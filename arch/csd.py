@@ -891,7 +891,8 @@ def check(p: CsdParams, code: np.ndarray, where: str = "") -> None:
         return
     f = {name: code[name].astype(np.int64) for name in code.dtype.names or ()}
     op, of = f["op"], configurations(code)
-    c = {name: np.where(of >= 0, f[name][np.maximum(of, 0)], 1) for name in CONFIGURATION}
+    some, its = of >= 0, np.maximum(of, 0)
+    c = {name: np.where(some, f[name][its], 1) for name in CONFIGURATION}
     page = p.page_lines * p.lanes
     entries, part = 1 << p.table_bits, p.buffer_lines * p.lanes
     is_ = {name: op == number for name, number in OP.items()}

@@ -117,6 +117,7 @@ class Memory:
         self._anew: list[bool] = []
         self._arrivals = False
         self._gpu: list[int] = []
+        self._ops_and_tags = np.zeros((0, 2), np.int64)
 
     def lacks(self, key: tuple[int, int]) -> bool:
         """Whether nothing is known of such stretches."""
@@ -135,6 +136,7 @@ class Memory:
         of_gpu = (code[:, OP] == GPU) | (code[:, AFTER] & arch.AFTER_GPU != 0)
         self._gpu = [0, *np.cumsum(of_gpu).tolist()]
         self._arrivals = bool(code[:, NOT_BEFORE].any())
+        self._ops_and_tags = np.ascontiguousarray(code[:, [OP, TAG]])
 
     def advance(self, d: Drive, ahead: Ahead) -> None:
         """The drive is at rest before the command INDEX: keep what it did, and repeat what it did before, up to a command
@@ -176,7 +178,7 @@ class Memory:
                 key, gpu, tags = self._key(d, ahead, first, end, now, turns_now)
             if self._arrivals and d.code[first : end + 1, NOT_BEFORE].max() > now:
                 continue
-            own = self._tags_of(d, first, end, tags)
+            own = self._tags_of(first, end, tags)
             if key in self._promised:
                 done = self._promised.pop(key)()
                 if done is not None:
@@ -220,9 +222,9 @@ class Memory:
                     now_turns,
                 )
 
-    def _tags_of(self, d: Drive, first: int, end: int, before: Array) -> _Tags:
+    def _tags_of(self, first: int, end: int, before: Array) -> _Tags:
         """Of a stretch, and of what the GPU works on `before`."""
-        columns = d.code[first:end, [OP, TAG]]
+        columns = self._ops_and_tags[first:end]
         key = before.tobytes() + columns.tobytes()
         if key not in self._tags:
             ops, tags = columns.T
@@ -233,7 +235,7 @@ class Memory:
     def _repeat(self, d: Drive, first: int, end: int, now: int, done: Done, tags: _Tags) -> None:
         """What was done from tick `now` on, but for turns and time."""
         _add(d.log[first:end], done.log, now, tags.rows, d.activity, done.activity, d.counters, done.counters)
-        d.flash.totals[:] += done.totals
+        _sum(d.flash.totals, done.totals)
         if tags.drive >= 0:
             d.one[DRIVE_TAG] = tags.drive
         if tags.attend >= 0:
@@ -253,6 +255,12 @@ def _add(log, own_log, now, tags, activity, own_activity, counters, own_counters
     for i in range(len(tags)):
         activity[tags[i]] += own_activity[i]
         counters[tags[i]] += own_counters[i]
+
+
+@njit(cache=True)
+def _sum(totals, own_totals):
+    for i in range(len(totals)):
+        totals[i] += own_totals[i]
 
 
 def _at_work(d: Drive, first: int, now: int) -> tuple[Array, Array]:
