@@ -80,9 +80,8 @@ from tilewright.sim.csd_tables import RECLAIMS, REFUSED, Tables
 Array = np.ndarray
 _SPARF = arch.ATTENTIONS.index("sparf")
 _AT_REST = 1  # STOPPED
-_WAITING = (
-    2 * PROCESSORS
-)  # blocks that are known before they are executed, so that processors have enough to do
+# Blocks that are known before they are executed, so that processors have enough to do.
+_WAITING = 2 * PROCESSORS
 
 
 # ---- commands -----------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ class _Ahead:
 
     def __init__(self, p: arch.RduParams, segments: Sequence[Segment]):
         self.over = Event()
-        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
         self.found: dict[tuple, Future[tuple[Execution, bool]]] = {}
         loaded = _Loaded()
         for segment in segments:

@@ -202,9 +202,8 @@ def _map_one(
     mapper.notes += notes
     mapper.plan()
     others = {"unfused": {"fusion": "unfused", "orchestration": "host", "allreduce": "separate"}}
-    if (
-        scenario.generate and not scenario.prompt
-    ):  # whose kernels are long beside any launch, and take long to simulate
+    # Kernels of a prompt are long beside any launch, and take long to simulate.
+    if scenario.generate and not scenario.prompt:
         other = "host" if mapper.document["orchestration"] == "hardware" else "hardware"
         others["unfused, hardware"] = {**others["unfused"], "orchestration": "hardware"}
         others[other] = {"orchestration": other}

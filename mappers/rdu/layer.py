@@ -603,34 +603,11 @@ class Rows:
                 )
                 for k in range(chunks)
             ]
-            most = []
-            for k, flow in enumerate(scores):
-                r = line.read(f"{head}.first{k}", name, flow, [(width, 1)])
-                most.append(
-                    line.simd(
-                        f"{head}.max{k}",
-                        name,
-                        [(r, 0)],
-                        self._masked(k * width, h),
-                        width,
-                        result=4,
-                        fold="maximum",
-                    )
-                )
-            most = self._total(f"{head}.max", name, most, "maximum")
-            top = line.simd(
-                f"{head}.top", name, [(f, 0) for f in most], self._joined(len(most), "maximum"), 1, result=4
-            )
-            after = tuple(src[0] for src in top.sources)
+            top = self._top(name, h, scores, width)
             sums, parts = [], []
             for k, flow in enumerate(scores):
-                r = line.read(f"{head}.second{k}", name, flow, [(width, 1)], after=after)
-                power = line.simd(
-                    f"{head}.exp{k}", name, [(r, 0), (top, 1)],
-                    [*self._masked(k * width, h), stage("subtract", 4, 1, 4)],
-                    width, result=4, function="exp", round=1,
-                )  # fmt: skip
-                sums.append(line.simd(f"{head}.sum{k}", name, [(power, 0)], [], width, fold="add"))
+                power, total = self._power(name, h, k, flow, width, top)
+                sums.append(total)
                 x = line.read(f"{head}.p{k}", name, power, [(width, 1), (wide, 0)])
                 out = line.product(
                     f"{head}.value{k}",
@@ -689,6 +666,33 @@ class Rows:
                 ]
             out += some
         return out
+
+    def _top(self, name: str, h: int, scores: Sequence[Flow], width: int) -> Flow:
+        """The largest score of each row in a head, of which each chunk has `width`."""
+        line, head = self.line, f"{name}.{h}"
+        most = []
+        for k, flow in enumerate(scores):
+            r = line.read(f"{head}.first{k}", name, flow, [(width, 1)])
+            most.append(
+                line.simd(
+                    f"{head}.max{k}", name, [(r, 0)], self._masked(k * width, h), width, result=4, fold="maximum"
+                )
+            )  # fmt: skip
+        most = self._total(f"{head}.max", name, most, "maximum")
+        return line.simd(
+            f"{head}.top", name, [(f, 0) for f in most], self._joined(len(most), "maximum"), 1, result=4
+        )
+
+    def _power(self, name: str, h: int, k: int, scores: Flow, width: int, top: Flow) -> tuple[Flow, Flow]:
+        """Powers of the scores in a head's chunk, less the largest ones, and their sums."""
+        line, head = self.line, f"{name}.{h}"
+        after = tuple(src[0] for src in top.sources)
+        r = line.read(f"{head}.second{k}", name, scores, [(width, 1)], after=after)
+        power = line.simd(
+            f"{head}.exp{k}", name, [(r, 0), (top, 1)],
+            [*self._masked(k * width, h), stage("subtract", 4, 1, 4)], width, result=4, function="exp", round=1,
+        )  # fmt: skip
+        return power, line.simd(f"{head}.sum{k}", name, [(power, 0)], [], width, fold="add")
 
     def _masked(self, first: int, head: int, turned: bool = False) -> list[dict[str, Any]]:
         """Stages that scale the score in register 0, and mask it where key `first` + counter 0 is none of its row's.

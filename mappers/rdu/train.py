@@ -623,27 +623,11 @@ class Training(Rows):
                 ]
                 for what, flow in (("keys", x), ("values", e))
             )  # fmt: skip
-            most = []
-            for k, flow in enumerate(scores):
-                r = line.read(f"{head}.first{k}", name, flow, [(width, 1)])
-                most.append(
-                    line.simd(
-                        f"{head}.max{k}", name, [(r, 0)], self._masked(k * width, h), width, result=4, fold="maximum"
-                    )
-                )  # fmt: skip
-            most = self._total(f"{head}.max", name, most, "maximum")
-            top = line.simd(
-                f"{head}.top", name, [(f, 0) for f in most], self._joined(len(most), "maximum"), 1, result=4
-            )
-            after = tuple(src[0] for src in top.sources)
+            top = self._top(name, h, scores, width)
             sums, powers = [], []
             for k, flow in enumerate(scores):
-                r = line.read(f"{head}.second{k}", name, flow, [(width, 1)], after=after)
-                power = line.simd(
-                    f"{head}.exp{k}", name, [(r, 0), (top, 1)],
-                    [*self._masked(k * width, h), stage("subtract", 4, 1, 4)], width, result=4, function="exp", round=1,
-                )  # fmt: skip
-                sums.append(line.simd(f"{head}.sum{k}", name, [(power, 0)], [], width, fold="add"))
+                power, total = self._power(name, h, k, flow, width, top)
+                sums.append(total)
                 powers.append(power)
             sums = self._total(f"{head}.sum", name, sums)
             inverse = line.simd(
