@@ -5,7 +5,7 @@ x is dy w^T, summed over the columns of y, that of w is x^T dy, summed over the 
 needs of its scores is computed again. Weights are kept in float32 by the optimizer, which rounds them for the layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +33,8 @@ from tilewright.workloads.rdu_layer import (
 )
 
 __all__ = [
-    "Cuts", "activation_dx", "adamw", "attention_dx", "column_sum", "gradients", "norm_dx", "product_dw", "product_dx",
+    "Cuts", "activation_dx", "adamw", "attention_dx", "column_sum", "embedding_dw", "gradients", "head", "loss", "norm_dx",
+    "product_dw", "product_dx", "table_gradients",
 ]  # fmt: skip
 
 TINY = 1e-30
@@ -169,6 +170,57 @@ def attention_dx(
     return dq, dk, dv
 
 
+def _over_sockets(how: str, parts: Sequence[Words]) -> Words:
+    """What all sockets have of a row's word: the first one's, and what the others' give together."""
+    return parts[0] if len(parts) == 1 else _op(how, parts[0], _fold(how, parts[1:]))
+
+
+def loss(
+    logits: Sequence[Words], targets: NDArray[np.integer], vocab: int, counts: asic.Counts, parts: int = 1, inputs: int = 4,
+    firsts: Sequence[int] | None = None,
+) -> tuple[list[Words], Words, Words, Words]:  # fmt: skip
+    """The gradient of the mean cross entropy, by the columns of the logits that each socket has, uint32[rows, columns].
+
+    And three words of each row: the largest logit, the sum of the powers of all less that one, and the target's logit. The
+    loss is mean(top + log(sum) - target). Columns from `vocab` on are masked. Sums are over `parts` ranges of a socket's
+    columns, which are joined, and over the sockets. `firsts` are the numbers of their first columns, else all follow one
+    another. The gradient is (power / sum - (1 at the target)) / rows.
+    """
+    rows, each = logits[0].shape
+    column = [first + np.arange(each) for first in firsts or range(0, len(logits) * each, each)]
+    at_target = [np.asarray(targets)[:, None] == own[None] for own in column]
+    masked = [
+        np.where(own[None] < vocab, x, _word(LOWEST)).astype(np.uint32)
+        for x, own in zip(logits, column, strict=True)
+    ]
+
+    def joined(how: str, words: Sequence[Words]) -> Words:
+        own = [join(how, [fold(how, part) for part in cut(x, parts)], inputs) for x in words]
+        return _over_sockets(how, own)
+
+    top = joined("maximum", masked)
+    power = [special("exp", _op("subtract", x, top[:, None]), counts) for x in masked]
+    total = joined("add", power)
+    inverse = special("reciprocal", total, counts)
+    picked = joined("add", [np.where(at, x, np.uint32(0)) for x, at in zip(logits, at_target, strict=True)])
+    out = []
+    for own, at in zip(power, at_target, strict=True):
+        share = _op("multiply", own, inverse[:, None])
+        share = np.where(at, _op("subtract", share, _word(1.0)), share).astype(np.uint32)
+        out.append(round_bf16(_op("multiply", share, _word(1 / rows))))
+    return out, top, total, picked
+
+
+def embedding_dw(tokens: NDArray[np.integer], dx: Words, first: int, rows: int) -> Words:
+    """The gradient of `rows` rows of a table of embeddings from row `first` on, uint32[rows, columns].
+
+    It is a product with the matrix that has a one at (row, token of that row): gradients of a token that comes again are
+    added up in the order in which it comes.
+    """
+    one_hot = np.where(np.asarray(tokens)[:, None] == first + np.arange(rows), _word(1.0), np.uint32(0))
+    return product_dw(one_hot.astype(np.uint32), dx)
+
+
 def adamw(
     w: Words, m: Words, v: Words, g: Words, rate: Words, *, beta1: float, beta2: float, eps: float, decay: float,
     counts: asic.Counts,
@@ -265,3 +317,52 @@ def gradients(
     sums = {name: at[b] for name, (_, b) in pairs.items()} | {"attention_norm": dh, "mlp_norm": dh2}
     found |= {f"{name}_bias": column_sum(dy, cuts.lanes) for name, dy in sums.items() if f"{name}.bias" in w}
     return at, found
+
+
+def head(
+    model: ModelConfig, weights: Sequence[Mapping[str, Words]], x: Words, targets: NDArray[np.integer], cuts: Cuts,
+    counts: asic.Counts, parts: int = 1, firsts: Sequence[int] | None = None,
+) -> tuple[dict[str, Words], list[dict[str, Words]]]:  # fmt: skip
+    """What is behind the layers, forward and backward: (matrices by name, gradients of each socket's weights by theirs).
+
+    `weights` of each socket: `lm_head` uint32[columns of its logits, d_model], and the final norm's, of which all have the
+    same. Matrices are `last`, `dlast`, the loss's words `top`, `sum` and `target`, and `dx`, the gradient of `x`.
+    """
+    m, w = model, weights[0]
+    gain, bias = w.get("final_norm.gain"), w.get("final_norm.bias")
+    last = x if gain is None else norm(x, gain, bias, m.norm_eps, counts)
+    depths = cuts.depths.get("lm_head", 1)
+    logits = [product_dx(last, own["lm_head"], depths, cuts.inputs) for own in weights]
+    slopes, top, total, picked = loss(logits, targets, m.vocab, counts, parts, cuts.inputs, firsts)
+    sums = []
+    for d, own in zip(slopes, weights, strict=True):
+        pieces = [product(a, b) for a, b in zip(cut(d, parts), np.split(own["lm_head"], parts), strict=True)]
+        sums.append(round_bf16(join("add", pieces, cuts.inputs)))
+    dlast = sums[0] if len(sums) == 1 else round_bf16(_over_sockets("add", sums))
+    at = {"last": last, "top": top, "sum": total, "target": picked, "dlast": dlast, "dx": dlast}
+    found = [{"lm_head": product_dw(d, last)} for d in slopes]
+    if gain is not None:
+        at["dx"], products = norm_dx(x, dlast, gain, m.norm_eps, m.norm == "layernorm", counts)
+        own = {"final_norm": column_sum(products, cuts.lanes)}
+        own |= {} if bias is None else {"final_norm_bias": column_sum(dlast, cuts.lanes)}
+        found = [f | own for f in found]
+    return at, found
+
+
+def table_gradients(
+    model: ModelConfig, found: Sequence[Mapping[str, Words]], tokens: NDArray[np.integer], dx: Words
+) -> list[dict[str, Words]]:
+    """`found`, what `head` gives for the weights, with the gradients of each socket's rows of the tables, from `dx`, the
+    gradient of the first layer's rows. A table that is the head's, too, has the sum of both; rows of learned positions
+    are those of `dx`."""
+    out = []
+    for i, own in enumerate(found):
+        rows = len(own["lm_head"])
+        table = embedding_dw(tokens, dx, i * rows, rows)
+        new = dict(own)
+        if model.tie_embeddings:
+            new["lm_head"] = round_bf16(_op("add", own["lm_head"], table))
+        else:
+            new["embedding"] = table
+        out.append(new | ({"positions": dx} if model.position == "learned" else {}))
+    return out

@@ -14,7 +14,7 @@ a kernel while the cached tokens, rounded up to `granule`, are as many: a mask h
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -100,6 +100,7 @@ class Launch:
     tag: str
     step: int
     layer: int
+    """-1: none."""
     slot: Mapping[str, int] = field(default_factory=dict)
     """Bytes to add to tensors' addresses."""
     experts: tuple[int, ...] = ()
@@ -108,6 +109,13 @@ class Launch:
     """What arguments point to instead: a tensor, and a byte in it."""
     regions: tuple[int, ...] = ()
     """Where these experts are."""
+    at: int | None = None
+    """The layer whose tensors it takes, where it is not its own."""
+
+    @property
+    def depth(self) -> int:
+        """The layer whose tensors it takes; one more than the last one's are those behind it."""
+        return self.layer if self.at is None else self.at
 
 
 @dataclass(frozen=True)
@@ -503,7 +511,7 @@ class _Mapper:
     def _train(self, step: int) -> None:
         """A step of training: forward through all layers, backward through them, and the optimizer on each one's weights."""
         s, m, p = self.scenario, self.model, self.p
-        train.check(self.share, p.lanes)
+        train.check(self.share, p, s.lm_head)
         if s.batch > 1:
             raise UserError(
                 f"--batch must be 1 with --train, not {s.batch}: gradients are those of one sequence"
@@ -555,25 +563,65 @@ class _Mapper:
         back = []
         for i, some in enumerate(groups):
             back += kernels(some, [op for later in groups[i + 1 :] for op in later] + gradients, ["dx"])
-        for op in gradients:
-            rows, columns = train.shape(self.share, op.writes[0].split(".")[0], p.lanes)
+
+        def gradient(op: Op) -> list[int]:
+            """The kernels of an operator that gives a weight's gradient."""
+            rows, columns = train.gradient_shape(self.share, op, s.train, p)
             if op.kind == "column_sum":  # whose rows are columns, a block each
-                back += kernels([op], [], (), columns * p.lanes * p.lanes)
-            else:
-                back += kernels([op], [], op.writes, rows)
-        for name in names:
-            rows = train.shape(self.share, name, p.lanes)[0]
+                return kernels([op], [], (), columns * p.lanes * p.lanes)
+            return kernels([op], [], op.writes, rows)
+
+        def optimized(name: str) -> list[int]:
+            rows = train.shape(self.share, name, p)[0]
             result = [f"{name}.{t}" for t in ("first.new", "second.new", "master.new", "copy")]
-            back += kernels(train.optimizer(name), [], result, rows)
+            return kernels(train.optimizer(name), [], result, rows)
+
+        for op in gradients:
+            back += gradient(op)
+        for name in names:
+            back += optimized(name)
+
+        def launch(some: Iterable[int], layer: int, within: bool = True) -> None:
+            self.launches += [
+                Launch(k, self._tag(k, layer if within else -1), step, layer if within else -1, at=layer)
+                for k in some
+            ]
+
+        positions: list[int] = []
+        behind: list[int] = []
+        tables: list[int] = []
+        if s.lm_head:
+            learned = m.position == "learned"
+            if learned:
+                positions = kernels(
+                    [Op("positions", "add", ("embedded", "positions.copy"), ("x",))], [], ["x"]
+                )
+            ends = train.head_gradients(m)
+            behind = kernels(train.head(m, sockets), ends, ["dx"])
+            for op in ends:
+                behind += gradient(op)
+            for op in train.table_gradients(m):
+                tables += gradient(op)
+            for name in train.end_parameters(m):
+                tables += optimized(name)
         self._embed(step, s.train)
+        launch(positions, 0, within=False)
         for layer in range(m.layers):
-            self.launches += [Launch(k, self._tag(k, layer), step, layer) for k in forth]
+            launch(forth, layer)
+        launch(behind, m.layers, within=False)
         for layer in reversed(range(m.layers)):
-            self.launches += [Launch(k, self._tag(k, layer), step, layer) for k in back]
-        self.assumed.append(
-            "a step is that of the layers: the gradient of what the last one gives is there, without LM head and loss; "
-            "the embedding's is not followed further"
-        )
+            launch(back, layer)
+        launch(tables, 0, within=False)
+        if s.lm_head:
+            self.assumed.append(
+                "a step takes tokens and targets from HBM, and leaves three words of each row there, of which the host makes "
+                "the loss; each socket's rows of a table of embeddings are trained there, the host brings them to all"
+            )
+        else:
+            self.assumed.append(
+                "a step is that of the layers: the gradient of what the last one gives is there; the embedding's is not "
+                "followed further"
+            )
         self.assumed.append("AdamW keeps weights and both moments in float32; gradients are bfloat16")
 
     def _token(self, step: int, i: int) -> None:
@@ -958,7 +1006,7 @@ class _Mapper:
                         )
                         rows.setdefault("", {})["rows", launch.where[r][0], -1] = size
                         continue
-                    part, key, size = self._tensor(r.tensor, launch.layer, kernel)
+                    part, key, size = self._tensor(r.tensor, launch.depth, kernel)
                     tier = kernel.choice.line.tiers[r.tensor]
                     if (
                         launch.layer < 0 or part == "tables"
@@ -1142,7 +1190,7 @@ class _Mapper:
             if r in launch.where:
                 tensor, at = launch.where[r]
                 return self.address["rows", tensor, -1] + at
-            return self._place(r.tensor, launch.layer, kernel) + r.offset + launch.slot.get(r.tensor, 0)
+            return self._place(r.tensor, launch.depth, kernel) + r.offset + launch.slot.get(r.tensor, 0)
 
         return {i: value(r) for i, r in enumerate(kernel.choice.line.arguments)}
 

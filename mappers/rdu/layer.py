@@ -893,6 +893,7 @@ def _biased(model: ModelConfig, name: str) -> bool:
         "qkv": model.qkv_bias,
         "attention_out": model.attention_out_bias,
         "lm_head": False,
+        "lm_head_dx": False,
         "router": False,
         "patches": False,
     }.get(name, model.mlp_bias)

@@ -730,8 +730,12 @@ class Pipeline:
             sources.append(tuple(row))
         return Flow(columns, tuple(sources), strips * c, x.readers)
 
-    def all_reduce(self, name: str, tag: str, flow: Flow, sockets: int) -> Flow:
-        """The sum over sockets of a matrix of which each has a part, by slices of its columns.
+    def all_reduce(
+        self, name: str, tag: str, flow: Flow, sockets: int, *, how: str = "add", words: bool = False
+    ) -> Flow:
+        """The sum over sockets of a matrix of which each has a part, by slices of its columns; or their maximum.
+
+        It is rounded to bfloat16, unless it is of `words`.
 
         Each socket sends the slices of the others, adds up its own, and sends the sum to the others: 2 (n - 1) / n
         of the matrix leave it. Sockets do the same at the same time, so each receives just what it sends.
@@ -742,8 +746,9 @@ class Pipeline:
         width = columns // sockets
 
         def exchanged(what: str, sent: Flow) -> Flow:
-            gates = self.store(f"{name}.{what}.send", tag, sent, f"{name}.{what}", tier="remote")
-            received = self.load(f"{name}.{what}.receive", tag, f"{name}.{what}", sent.columns, tier="remote")
+            tensor = f"{name}.{what}"
+            gates = self.store(f"{tensor}.send", tag, sent, tensor, tier="remote", words=words)
+            received = self.load(f"{tensor}.receive", tag, tensor, sent.columns, tier="remote", words=words)
             for g, gate in enumerate(gates):
                 self.need(received.sources[g][0], gate)
             return received
@@ -757,13 +762,14 @@ class Pipeline:
             [],
             others * width,
             loops=[others, width],
-            fold="add",
+            fold=how,
             fold_level=1,
         )
         own = self.read(f"{name}.own", tag, flow, [(width, 1)])
         total = self.simd(
-            f"{name}.sum", tag, [(own, 0), (total, 0)], [stage("add", 0, 1, 4)], width, result=4, round=1
-        )
+            f"{name}.sum", tag, [(own, 0), (total, 0)], [stage(how, 0, 1, 4)], width, result=4,
+            round=int(not words),
+        )  # fmt: skip
         sums = exchanged("sums", self.read(f"{name}.sums.out", tag, total, [(width, 1), (others, 0)]))
         slices = [self.read(f"{name}.slice0", tag, total, [(width, 1)])]
         slices += [

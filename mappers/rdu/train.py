@@ -6,17 +6,19 @@ as it comes, and the optimizer element by element. The gradient of a weight is a
 x, which a diagonal stripe turns, by the gradient of y, which stays in memory units.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import lcm
 from typing import Any
 
 import numpy as np
 
 from tilewright.arch.errors import UserError
+from tilewright.arch.rdu import RduParams
 from tilewright.mappers.rdu.allocate import Demand
 from tilewright.mappers.rdu.layer import (
     GELU_CUBIC,
     GELU_SCALE,
+    LOWEST,
     Op,
     Rows,
     Share,
@@ -24,7 +26,7 @@ from tilewright.mappers.rdu.layer import (
     layer_operators,
     summed,
 )
-from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, stage
+from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 from tilewright.workloads.models import ModelConfig
 
 __all__ = [
@@ -44,16 +46,23 @@ STATISTICS = ("top", "inverse", "dot")
 OPTIMIZED = ("grad", "first", "second", "root", "step", "master", "copy")
 """Of each weight: its gradient, both moments, what a step is made of, itself in float32, and as the layer takes it."""
 GAINS = ("attention_norm", "mlp_norm")
+NORMS = (*GAINS, "final_norm")
 BIAS = "_bias"
+ENDS = ("final_norm", f"final_norm{BIAS}", "lm_head", "embedding", "positions")
+"""Weights that are no layer's."""
+TABLES = ("cos", "sin", "sin.back", "rate", "tokens", "targets", "limit")
 ELEMENTS = ("moment", "root", "step", "update", "round")
 """Kinds of operators that take each element by itself."""
 WIDE = (8, 6, 4, 3, 2, 1)
 """Groups of blocks that such operators are dealt out to, the first for which there are gates to memory."""
 
 
-def check(share: Share, lanes: int) -> None:
-    """Raises UserError for models that are not trained here, and shares of them that are no whole vectors."""
-    model = share.model
+def check(share: Share, p: RduParams, whole: bool = True) -> None:
+    """Raises UserError for models that are not trained here, and shares of them that are no whole vectors.
+
+    `whole`: with what is before and behind the layers.
+    """
+    model, lanes = share.model, p.lanes
     for what, there in (
         ("mixtures of experts", model.experts),
         ("encoders", not model.causal),
@@ -61,13 +70,14 @@ def check(share: Share, lanes: int) -> None:
         ("heads that share keys", model.kv_heads != model.heads),
         ("sliding windows", model.windowed_layers),
         ("linear biases of positions", model.position == "alibi"),
+        ("a norm of embeddings, or embeddings of another width", whole and (model.embedding_norm or model.d_embed != model.d_model)),
         (f"activation {model.activation}", model.activation != "silu" if model.gated_mlp else "gelu" not in model.activation),
     ):  # fmt: skip
         if there:
             raise UserError(f"{model.name}: target rdu does not train {what}")
-    for name in parameters(model):
-        for n, what in zip(shape(share, name, lanes), ("rows", "columns"), strict=True):
-            if name not in GAINS and not name.endswith(BIAS) and n % lanes:
+    for name in (*parameters(model), *(end_parameters(model) if whole else ())):
+        for n, what in zip(shape(share, name, p), ("rows", "columns"), strict=True):
+            if name not in NORMS and not name.endswith(BIAS) and n % lanes:
                 raise UserError(
                     f"{model.name}: {n} {what} of {name} on a socket are no multiple of the {lanes} lanes, as training needs"
                 )
@@ -137,6 +147,70 @@ def weight_gradients(model: ModelConfig) -> list[Op]:
     ]
 
 
+def head(model: ModelConfig, sockets: int = 1) -> list[Op]:
+    """The operators from what the last layer gives, `x`, to its gradient, `dx`.
+
+    The head's weight lies as a table of embeddings does, a row for each token, so that it can be one with it: of its two
+    products the first one takes it transposed.
+    """
+    norm = model.final_norm
+    last, slope = ("last", "dlast") if norm else ("x", "dx")
+    return [
+        *([Op("final_norm", "norm", ("x",), ("last",))] if norm else []),
+        Op("lm_head", "product_dx", (last,), ("logits",)),
+        Op("loss", "loss", ("logits",), ("dlogits",)),
+        *summed(Op("lm_head_dx", "product", ("dlogits",), (slope,)), sockets),
+        *([Op("final_norm_dx", "norm_dx", ("x", "dlast"), ("dx", "final_norm.products"))] if norm else []),
+    ]
+
+
+def head_gradients(model: ModelConfig) -> list[Op]:
+    """Gradients of the weights behind the layers. A table that is the head's, too, gets both gradients' sum."""
+    tied = model.tie_embeddings
+    out = [
+        Op(
+            "lm_head_dw",
+            "product_dw",
+            ("dlogits", "last" if model.final_norm else "x"),
+            ("dhead" if tied else "lm_head.grad",),
+        )
+    ]
+    if model.final_norm:
+        out.append(Op("final_norm_dw", "column_sum", ("final_norm.products",), ("final_norm.grad",)))
+        if model.norm == "layernorm":
+            out.append(Op(f"final_norm{BIAS}_dw", "column_sum", ("dlast",), (f"final_norm{BIAS}.grad",)))
+    return out
+
+
+def table_gradients(model: ModelConfig) -> list[Op]:
+    """Gradients of the tables that the first layer's rows come from, of tokens and of learned positions."""
+    tied = model.tie_embeddings
+    out = [Op("embedding_dw", "embedding_dw", ("dx",), ("dtable" if tied else "embedding.grad",))]
+    if tied:
+        out.append(Op("tied_dw", "add", ("dhead", "dtable"), ("lm_head.grad",)))
+    if model.position == "learned":
+        out.append(Op("positions_dw", "add", ("dx",), ("positions.grad",)))
+    return out
+
+
+def end_parameters(model: ModelConfig) -> list[str]:
+    """The weights that are no layer's; a table that is the head's, too, goes by the head's name."""
+    return [
+        *(["final_norm"] if model.final_norm else []),
+        *([f"final_norm{BIAS}"] if model.final_norm and model.norm == "layernorm" else []),
+        "lm_head",
+        *([] if model.tie_embeddings else ["embedding"]),
+        *(["positions"] if model.position == "learned" else []),
+    ]
+
+
+def vocabulary(share: Share, p: RduParams) -> int:
+    """Tokens of a socket: whole vectors in each part of a row of logits. What is beyond the vocabulary is masked."""
+    own = ceil_div(share.model.vocab, share.sockets)
+    parts = ceil_div(own, p.banks * p.bank_words // max(2 * p.lanes, p.stages))
+    return ceil_div(own, parts * p.lanes) * parts * p.lanes
+
+
 def optimizer(name: str) -> list[Op]:
     """AdamW over the elements of a weight: new moments, weights, and the weights that the layer takes."""
     steps = [
@@ -153,16 +227,26 @@ def optimizer(name: str) -> list[Op]:
     ]
 
 
-def shape(share: Share, name: str, lanes: int) -> tuple[int, int]:
-    """Rows and columns of a weight on a socket; of a gain or bias, as many columns of `lanes` elements as it takes."""
+def shape(share: Share, name: str, p: RduParams) -> tuple[int, int]:
+    """Rows and columns of a weight on a socket; of a gain or bias, as many columns of a vector's lanes as it takes."""
     if name.endswith(BIAS):
         of = name.removesuffix(BIAS)
-        return lanes, share.model.d_model // lanes if of in GAINS else shape(share, of, lanes)[1] // lanes
+        return p.lanes, (share.model.d_model if of in NORMS else shape(share, of, p)[1]) // p.lanes
     d, q, inner = share.model.d_model, share.q_dim, share.inner
+    if name in ("lm_head", "embedding", "tied"):
+        return vocabulary(share, p), d
+    if name == "positions":
+        return ceil_div(share.model.positions or 0, p.lanes) * p.lanes, d
     return {
-        **dict.fromkeys(GAINS, (lanes, d // lanes)),
+        **dict.fromkeys(NORMS, (p.lanes, d // p.lanes)),
         "qkv": (d, q + 2 * share.kv_dim), "attention_out": (q, d), "gate": (d, inner), "up": (d, inner), "down": (inner, d),
     }[name]  # fmt: skip
+
+
+def gradient_shape(share: Share, op: Op, tokens: int, p: RduParams) -> tuple[int, int]:
+    """Rows and columns of what an operator gives for a weight: of learned positions, only those that there are."""
+    rows, columns = shape(share, op.name.removesuffix("_dw"), p)
+    return (tokens if op.name == "positions_dw" else rows), columns
 
 
 def biased(model: ModelConfig) -> list[str]:
@@ -197,12 +281,14 @@ def _optimized(tensor: str) -> str:
 def place(tensor: str, layer: int) -> tuple[str, tuple[str, str, int]]:
     """The part of the memory that a tensor belongs to, and its key there: what is new has the place of what was."""
     name, _, what = tensor.partition(".")
-    if tensor in ("cos", "sin", "sin.back", "rate"):
+    if name in ENDS:
+        layer = -1
+    if tensor in TABLES:
         return "tables", (PHASE, tensor, -1)
     if tensor in ("keys", "values"):
         return "cache", ("cache", tensor, layer)
     if what == "copy":
-        kind = "gain" if name in GAINS else "bias" if name.endswith(BIAS) else "w"
+        kind = "gain" if name in NORMS else "bias" if name.endswith(BIAS) else "w"
         return "weights", (PHASE, f"{name.removesuffix(BIAS)}.{kind}", layer)
     if what in ("w", "gain", "bias") or _optimized(tensor) in ("first", "second", "master"):
         return "weights", (PHASE, f"{name}.{what.removesuffix('.new')}", layer)
@@ -216,7 +302,7 @@ def place(tensor: str, layer: int) -> tuple[str, tuple[str, str, int]]:
 class Training(Rows):
     """Rows with weights that lie as activations do, and the operators of a training step; `attended` are the rows."""
 
-    DIRECT = ("product_dw", "attention_dkv", "column_sum")
+    DIRECT = ("product_dw", "attention_dkv", "column_sum", "embedding_dw")
 
     def words(self, tensor: str) -> bool:
         """Whether a matrix is float32 off chip: what the optimizer keeps, but for what the layer gives and takes."""
@@ -237,9 +323,10 @@ class Training(Rows):
         s = self.share
         known = {"dq": s.q_dim, "dk": s.kv_dim, "dv": s.kv_dim, "da": s.q_dim, "dqkv": s.q_dim + 2 * s.kv_dim}
         known |= dict.fromkeys(("df", "dgate", "dup"), s.inner)
+        known |= dict.fromkeys(("logits", "dlogits"), vocabulary(s, self.p))
         name = tensor.split(".")[0]
         if _optimized(tensor) in OPTIMIZED:
-            return shape(s, name, self.p.lanes)[1]
+            return shape(s, name, self.p)[1]
         return known[name] if name in known else super().columns(tensor)
 
     # ---- products -----------------------------------------------------------------------------------
@@ -263,7 +350,7 @@ class Training(Rows):
             outs, (depth, cuts) = self.parts(columns), self._cuts(op)
             strips = ceil_div(columns // outs, self.p.stages * self.grain)
             return self._demand(op.name, depth, strips, outs * cuts, self.grain)
-        if op.kind == "product_dw":
+        if op.kind in ("product_dw", "embedding_dw"):
             columns = self.columns(op.writes[0])
             outs = self.parts(columns)
             return self._demand(op.name, self.keys, ceil_div(columns // outs, self.p.stages), outs)
@@ -286,8 +373,9 @@ class Training(Rows):
     def _weights(
         self, op: Op, at: str, first: tuple[int, int], depth: int, columns: int, strips: int, units: int
     ) -> list[list[str]]:  # fmt: skip
+        of = op.name.removesuffix("_dx")  # the head's gradient takes its weight as it is
         return self.line.striped(
-            at, op.name, f"{op.name}.w", shape=shape(self.share, op.name, self.p.lanes), first=first, depth=depth, columns=columns,
+            at, op.name, f"{of}.w", shape=shape(self.share, of, self.p), first=first, depth=depth, columns=columns,
             strips=strips, units=units, gates=self.tiles.gates,
         )  # fmt: skip
 
@@ -312,7 +400,7 @@ class Training(Rows):
                     at = f"{name}.{o}.{i}.{first}"
                     r = line.read(f"{at}.x", name, part, [(own, 1), (each, 0)], first=first)
                     w = line.across(
-                        at, name, f"{weight}.w", shape=shape(self.share, weight, self.p.lanes), first=(o * n, base + first), depth=own,
+                        at, name, f"{weight}.w", shape=shape(self.share, weight, self.p), first=(o * n, base + first), depth=own,
                         columns=n, strips=each, units=units, gates=self.tiles.gates,
                     )  # fmt: skip
                     flow = line.product(at, name, r, own, each, w, n, rounded=False)
@@ -328,16 +416,61 @@ class Training(Rows):
 
     def _product_dw(self, op: Op) -> None:
         """The gradient of a weight: blocks are of its rows, sums over all tokens."""
-        line, name = self.line, op.name
         x, dy = op.reads
-        inner, columns = self.columns(x), self.columns(dy)
+        inner = self.columns(x)
+
+        def transposed(at: str, strips: int) -> Flow:
+            return self.line.transposed(f"{at}.x", op.name, x, rows=self.keys, columns=inner, strips=strips)
+
+        self._over_tokens(op, dy, transposed)
+
+    def _embedding_dw(self, op: Op) -> None:
+        """The gradient of a table of embeddings: a product, too, whose rows of x are all zero but at the token's column.
+
+        They are made on the way: blocks are of the table's rows, whose numbers are compared with every token. So gradients of
+        tokens that come again are added up as others are, in the order of the tokens.
+        """
+        line, lanes = self.line, self.p.lanes
+
+        def one_hot(at: str, strips: int) -> Flow:
+            gates = tuple(
+                (
+                    line.gate(
+                        f"{at}.tokens.{g}", op.name, "load", "hbm", "tokens", 0, [(self.keys, 4), (line.blocks, 0)],
+                        words=1, form="word",
+                    ),
+                )
+                for g in range(line.groups)
+            )  # fmt: skip
+            tokens = line.admitted(f"{at}.tokens", op.name, Flow(self.keys, gates, self.keys, gates))
+            whole = {"type": "int32", "b_from": "constant", "to": 4}
+            row = {**whole, "operation": "multiply", "a_from": "counter", "a": 1}
+            flow = line.simd(
+                f"{at}.x", op.name, [(line.spread(f"{at}.tokens", op.name, tokens), 0)],
+                [
+                    {**row, "constant": lanes * line.groups}, stage("add", 4, "lane", 4, kind="int32"),
+                    {**whole, "operation": "add", "a": 4, "constant": 0, "group": lanes},
+                    stage("xor", 4, 0, 5, kind="int32"),
+                    {"operation": "pass", "type": "fp32", "a_from": "constant", "constant": constant(1.0), "to": 6},
+                    {"operation": "select", "type": "int32", "a_from": "constant", "constant": 0, "b": 6, "c": 5, "to": 4},
+                ],
+                self.keys, result=4,
+            )  # fmt: skip
+            return line.read(f"{at}.rows", op.name, flow, [(self.keys, 1), (strips, 0)])
+
+        self._over_tokens(op, op.reads[0], one_hot)
+
+    def _over_tokens(self, op: Op, dy: str, x: Callable[[str, int], Flow]) -> None:
+        """Products of blocks that `x` gives, so many times each, and a matrix of a row for each token, which stays."""
+        line, name = self.line, op.name
+        columns = self.columns(dy)
         outs = self.parts(columns)
         result = []
         for o in range(outs):
             n = columns // outs
             each, units = self.split(name, ceil_div(n, self.p.stages), outs)
             at = f"{name}.{o}"
-            flow = line.transposed(f"{at}.x", name, x, rows=self.keys, columns=inner, strips=each)
+            flow = x(at, each)
             w = line.striped(
                 at, name, dy, shape=(self.keys, columns), first=(0, o * n), depth=self.keys, columns=n, strips=each,
                 units=units, gates=self.tiles.gates,
@@ -369,6 +502,112 @@ class Training(Rows):
                 [(1, 0), (line.blocks, line.groups * BF16_BYTES)], words=1,
             )  # fmt: skip
             line.feed(total.sources[g][0], gate)
+
+    # ---- the loss -------------------------------------------------------------------------------------
+
+    def _loss(self, op: Op) -> None:
+        """The gradient of the mean cross entropy over the tokens, by the logits, of which each socket has some columns.
+
+        Three words of each row go to memory: the largest logit, the sum of powers of all less that one, and the target's
+        logit. The loss is the mean of the first one, plus the second one's logarithm, less the third.
+        """
+        line, name = self.line, op.name
+        x = self.at[op.reads[0]]
+        n = x[0].columns
+        targets = line.load(f"{name}.targets.in", name, "targets", 1, words=True)
+        padded = self.share.sockets * self.columns(op.reads[0]) != self.model.vocab
+        limit = line.load(f"{name}.limit.in", name, "limit", 1, row=0, words=True) if padded else None
+
+        def once(use: str, flow: Flow) -> tuple[Flow, int]:
+            return line.read(f"{name}.{use}", name, flow, [(1, 1)]), 1
+
+        def limits(use: str) -> list[tuple[Flow, int]]:
+            return [] if limit is None else [once(f"limit.{use}", limit)]
+
+        def column(part: int) -> dict[str, Any]:
+            return {
+                "operation": "add", "type": "int32", "a_from": "counter", "a": 0, "b_from": "constant", "constant": part * n,
+                "to": 5,
+            }  # fmt: skip
+
+        def seen(part: int, at: int) -> list[dict[str, Any]]:
+            """The logit in register 4, masked from the column on that input `at` says."""
+            if limit is None:
+                return [stage("pass", 0, 0, 4)]
+            mask = {
+                "operation": "select",
+                "type": "int32",
+                "b_from": "constant",
+                "constant": constant(LOWEST),
+            }
+            return [
+                column(part),
+                stage("less", 5, at, 6, kind="int32"),
+                {**mask, "a": 0, "c": 6, "to": 4},
+            ]
+
+        def joined(what: str, parts: Sequence[Flow], how: str) -> Flow:
+            """A word of each row over all columns, of all sockets."""
+            flows = self._total(f"{name}.{what}", name, parts, how)
+            stages = self._joined(len(flows), how)
+            flow = line.simd(f"{name}.{what}", name, [(f, 0) for f in flows], stages, 1, result=4)
+            sockets = self.share.sockets
+            if sockets > 1:
+                # Each socket adds up one copy, in an order of its own, and all take the first one's.
+                copies = line.read(f"{name}.{what}.copies", name, flow, [(1, 1), (sockets, 0)])
+                flow = line.all_reduce(f"{name}.{what}", name, copies, sockets, how=how, words=True)
+                flow = line.read(f"{name}.{what}.all", name, flow, [(1, 1)])
+                flow = line.simd(f"{name}.{what}.whole", name, [(flow, 0)], [], 1)
+            line.store(f"{name}.{what}.store", name, flow, f"{name}.{what}", words=True)
+            return flow
+
+        tops, picked = [], []
+        for i, part in enumerate(x):
+            r = line.read(f"{name}.first{i}", name, part, [(n, 1)])
+            tops.append(
+                line.simd(
+                    f"{name}.max{i}", name, [(r, 0), *limits(f"max{i}")], seen(i, 1), n, result=4, fold="maximum"
+                )
+            )  # fmt: skip
+            r = line.read(f"{name}.target{i}", name, part, [(n, 1)])
+            none = {"operation": "select", "type": "int32", "a_from": "constant", "constant": 0}
+            picked.append(
+                line.simd(
+                    f"{name}.target{i}.logit", name, [(r, 0), once(f"targets.logit{i}", targets)],
+                    [column(i), stage("xor", 5, 1, 5, kind="int32"), {**none, "b": 0, "c": 5, "to": 4}], n, result=4,
+                    fold="add",
+                )
+            )  # fmt: skip
+        top = joined("top", tops, "maximum")
+        joined("target", picked, "add")
+        after = tuple(src[0] for src in top.sources)
+        powers, sums = [], []
+        for i, part in enumerate(x):
+            r = line.read(f"{name}.second{i}", name, part, [(n, 1)], after=after)
+            power = line.simd(
+                f"{name}.exp{i}", name, [(r, 0), (top, 1), *limits(f"exp{i}")],
+                [*seen(i, 2), stage("subtract", 4, 1, 4)], n, result=4, function="exp",
+            )  # fmt: skip
+            powers.append(power)
+            sums.append(line.simd(f"{name}.sum{i}", name, [(power, 0)], [], n, fold="add"))
+        total = joined("sum", sums, "add")
+        inverse = line.simd(f"{name}.inverse", name, [(total, 0)], [], 1, function="reciprocal")
+        after = tuple(src[0] for src in inverse.sources)
+        out = []
+        for i, power in enumerate(powers):
+            r = line.read(f"{name}.third{i}", name, power, [(n, 1)], after=after)
+            out.append(
+                line.simd(
+                    f"{name}.{i}", name, [(r, 0), (inverse, 1), once(f"targets.{i}", targets)],
+                    [
+                        stage("multiply", 0, 1, 4), column(i), stage("xor", 5, 2, 5, kind="int32"),
+                        stage("subtract", 4, 1.0, 6), stage("select", 4, 6, 4, kind="int32", c=5),
+                        stage("multiply", 4, float(np.float32(1 / self.attended)), 4),
+                    ],
+                    n, result=4, round=1,
+                )
+            )  # fmt: skip
+        self.at[op.writes[0]] = out
 
     # ---- norms and activations ------------------------------------------------------------------------
 

@@ -29,12 +29,13 @@ GPT = {"norm": "layernorm", "activation": "gelu_tanh", "gated_mlp": False, "posi
 UNITS = {"qkv": 2, "attention_out": 1, "gate": 3, "up": 2, "down": 2}
 
 
-def machine(stages=8):
+def machine(stages=8, sockets=1):
     tree = specs.load_tree("plasticine", ["rdu"])
     sets = [
         f"pcu.lanes={max(LANES, 16 if stages > 8 else 8)}", f"pcu.stages={stages}", "pmu.banks=32", "pmu.bytes=65536",
         "pcu.systolic=true", "memory.ddr.channels=16", "memory.hbm.channels=16", "memory.hbm.bytes=1048576",
         "node.p2p_channels=16", "grid.columns=24", "grid.rows=16", "agcu.per_side=16",
+        f"node.sockets={sockets}",
     ]  # fmt: skip
     return specs.build(rdu.RduSpec, specs.apply_sets(tree, sets), "small")
 
