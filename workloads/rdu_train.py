@@ -33,7 +33,7 @@ from tilewright.workloads.rdu_layer import (
 )
 
 __all__ = [
-    "Cuts", "activation_dx", "adamw", "attention_dx", "column_sum", "embedding_dw", "gradients", "head", "loss", "norm_dx",
+    "Cuts", "accumulated", "activation_dx", "adamw", "attention_dx", "column_sum", "embedding_dw", "gradients", "head", "loss", "norm_dx",
     "product_dw", "product_dx", "table_gradients",
 ]  # fmt: skip
 
@@ -182,7 +182,7 @@ def loss(
     """The gradient of the mean cross entropy, by the columns of the logits that each socket has, uint32[rows, columns].
 
     And three words of each row: the largest logit, the sum of the powers of all less that one, and the target's logit. The
-    loss is mean(top + log(sum) - target). Columns from `vocab` on are masked. Sums are over `parts` ranges of a socket's
+    loss is mean(top + log(total) - target). Columns from `vocab` on are masked. Sums are over `parts` ranges of a socket's
     columns, which are joined, and over the sockets. `firsts` are the numbers of their first columns, else all follow one
     another. The gradient is (power / sum - (1 at the target)) / rows.
     """
@@ -219,6 +219,11 @@ def embedding_dw(tokens: NDArray[np.integer], dx: Words, first: int, rows: int) 
     """
     one_hot = np.where(np.asarray(tokens)[:, None] == first + np.arange(rows), _word(1.0), np.uint32(0))
     return product_dw(one_hot.astype(np.uint32), dx)
+
+
+def accumulated(gradients: Sequence[Words]) -> Words:
+    """The mean of a weight's gradients by several sequences, in float32: each one's part is added to those before."""
+    return _fold("add", [_op("multiply", g, _word(1 / len(gradients))) for g in gradients])
 
 
 def adamw(
@@ -326,7 +331,7 @@ def head(
     """What is behind the layers, forward and backward: (matrices by name, gradients of each socket's weights by theirs).
 
     `weights` of each socket: `lm_head` uint32[columns of its logits, d_model], and the final norm's, of which all have the
-    same. Matrices are `last`, `dlast`, the loss's words `top`, `sum` and `target`, and `dx`, the gradient of `x`.
+    same. Matrices are `last`, `dlast`, the loss's words `top`, `total` and `target`, and `dx`, the gradient of `x`.
     """
     m, w = model, weights[0]
     gain, bias = w.get("final_norm.gain"), w.get("final_norm.bias")
@@ -339,7 +344,7 @@ def head(
         pieces = [product(a, b) for a, b in zip(cut(d, parts), np.split(own["lm_head"], parts), strict=True)]
         sums.append(round_bf16(join("add", pieces, cuts.inputs)))
     dlast = sums[0] if len(sums) == 1 else round_bf16(_over_sockets("add", sums))
-    at = {"last": last, "top": top, "sum": total, "target": picked, "dlast": dlast, "dx": dlast}
+    at = {"last": last, "top": top, "total": total, "target": picked, "dlast": dlast, "dx": dlast}
     found = [{"lm_head": product_dw(d, last)} for d in slopes]
     if gain is not None:
         at["dx"], products = norm_dx(x, dlast, gain, m.norm_eps, m.norm == "layernorm", counts)

@@ -512,10 +512,6 @@ class _Mapper:
         """A step of training: forward through all layers, backward through them, and the optimizer on each one's weights."""
         s, m, p = self.scenario, self.model, self.p
         train.check(self.share, p, s.lm_head)
-        if s.batch > 1:
-            raise UserError(
-                f"--batch must be 1 with --train, not {s.batch}: gradients are those of one sequence"
-            )
         if s.train % (2 * p.lanes):
             raise UserError(f"--train must be a multiple of {2 * p.lanes}, twice the lanes, not {s.train}")
         prefill(m, prompt=s.train)
@@ -532,7 +528,7 @@ class _Mapper:
             for groups in (self.document["groups"],) if self.document["groups"] else wide:
                 found = plan_rows(
                     p, self.share, some, keep, limits, rows=rows, keys=s.train, pitch=s.train, context=0, window=None,
-                    groups=groups, attended=s.train, builder=train.Training,
+                    groups=groups, attended=s.train, builder=partial(train.Training, sequences=s.batch),
                 )  # fmt: skip
                 if found is not None:
                     return found
@@ -571,47 +567,60 @@ class _Mapper:
                 return kernels([op], [], (), columns * p.lanes * p.lanes)
             return kernels([op], [], op.writes, rows)
 
-        def optimized(name: str) -> list[int]:
-            rows = train.shape(self.share, name, p)[0]
-            result = [f"{name}.{t}" for t in ("first.new", "second.new", "master.new", "copy")]
-            return kernels(train.optimizer(name), [], result, rows)
+        def elements(ops: Sequence[Op], name: str, *result: str) -> list[int]:
+            return kernels(ops, [], [f"{name}.{t}" for t in result], train.shape(self.share, name, p)[0])
 
-        for op in gradients:
-            back += gradient(op)
-        for name in names:
-            back += optimized(name)
+        def optimized(names: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
+            """The kernels that take a first and another sequence's gradients, if there are several, and the optimizer's."""
+            of = "sum" if s.batch > 1 else "grad"
+            first, other = (
+                [k for n in names for k in elements([train.accumulation(n, which)], n, "sum.new")]
+                if s.batch > 1
+                else []
+                for which in (True, False)
+            )
+            new = ("first.new", "second.new", "master.new", "copy")
+            return first, other, [k for n in names for k in elements(train.optimizer(n, of), n, *new)]
 
-        def launch(some: Iterable[int], layer: int, within: bool = True) -> None:
-            self.launches += [
-                Launch(k, self._tag(k, layer if within else -1), step, layer if within else -1, at=layer)
-                for k in some
-            ]
-
-        positions: list[int] = []
+        back += [k for op in gradients for k in gradient(op)]
+        within = optimized(names)
+        before: list[int] = []
         behind: list[int] = []
         tables: list[int] = []
+        outside: tuple[list[int], ...] = ([], [], [])
+        learned = m.position == "learned"
         if s.lm_head:
-            learned = m.position == "learned"
             if learned:
-                positions = kernels(
-                    [Op("positions", "add", ("embedded", "positions.copy"), ("x",))], [], ["x"]
-                )
+                before = kernels([Op("positions", "add", ("embedded", "positions.copy"), ("x",))], [], ["x"])
             ends = train.head_gradients(m)
             behind = kernels(train.head(m, sockets), ends, ["dx"])
-            for op in ends:
-                behind += gradient(op)
-            for op in train.table_gradients(m):
-                tables += gradient(op)
-            for name in train.end_parameters(m):
-                tables += optimized(name)
-        self._embed(step, s.train)
-        launch(positions, 0, within=False)
-        for layer in range(m.layers):
-            launch(forth, layer)
-        launch(behind, m.layers, within=False)
-        for layer in reversed(range(m.layers)):
-            launch(back, layer)
-        launch(tables, 0, within=False)
+            behind += [k for op in ends for k in gradient(op)]
+            tables = [k for op in train.table_gradients(m) for k in gradient(op)]
+            outside = optimized(train.end_parameters(m))
+        rows_of = "embedded" if s.lm_head and learned else "x"
+
+        def launch(some: Iterable[int], b: int, layer: int, inside: bool = True) -> None:
+            """Kernels for sequence `b`; what is there of each is behind that of the one before."""
+            own = layer if inside else -1
+            slot = {t: 4 * b * s.train for t in train.WORDS}
+            for k in some:
+                where = {
+                    r: (f"{rows_of} {b}", r.offset)
+                    for r in self.kernels[k].choice.line.arguments
+                    if b and not layer and r.tensor == rows_of
+                }
+                self.launches.append(Launch(k, self._tag(k, own), step, own, slot, where=where, at=layer))
+
+        for b in range(s.batch):
+            steps = [b > 0, *([2] if b == s.batch - 1 else [])]
+            self._embed(step, s.train)
+            launch(before, b, 0, False)
+            for layer in range(m.layers):
+                launch(forth, b, layer)
+            launch(behind, b, m.layers, False)
+            for layer in reversed(range(m.layers)):
+                launch([*back, *(k for i in steps for k in within[i])], b, layer)
+            launch([*tables, *(k for i in steps for k in outside[i])], b, 0, False)
         if s.lm_head:
             self.assumed.append(
                 "a step takes tokens and targets from HBM, and leaves three words of each row there, of which the host makes "
@@ -1226,7 +1235,7 @@ class _Mapper:
             )
         self.document = {**self.document, "sections": document, "memory": self.memory}
         hbm, ddr = self.spec.memory.hbm.bytes, self.spec.memory.ddr.bytes
-        cache = 2 * m.layers * s.batch * self._cache_bytes()
+        cache = 2 * m.layers * (1 if s.train else s.batch) * self._cache_bytes()
         self.notes.append(
             f"memory of a socket: {self.used['hbm'] / 1e9:.4g} GB, of which KV cache {cache / 1e9:.4g} GB, weights once "
             f"for each phase in the order in which it streams them; HBM has {hbm / 1e9:.4g} GB, DDR {ddr / 1e9:.4g} GB"

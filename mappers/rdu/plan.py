@@ -100,7 +100,7 @@ def _round_even(n: int) -> int:
 def plan_rows(
     p: RduParams, share: Share, ops: Sequence[Op], keep: Sequence[str], limits: Limits, *, rows: int, keys: int,
     pitch: int, context: int, window: int | None, groups: int | None = None, attended: int | None = None,
-    widths: Mapping[str, int] | None = None, builder: type[Rows] = Rows,
+    widths: Mapping[str, int] | None = None, builder: Callable[..., Rows] = Rows,
 ) -> Choice | None:  # fmt: skip
     """The tiles with which a section over `rows` rows takes the fewest ticks; None if it fits with none."""
 

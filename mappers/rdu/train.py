@@ -30,8 +30,9 @@ from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, 
 from tilewright.workloads.models import ModelConfig
 
 __all__ = [
-    "BETAS", "DECAY", "EPS", "PHASE", "SAVED", "Training", "backward", "check", "forward", "optimizer", "parameters", "place",
-    "shape", "weight_gradients",
+    "BETAS", "DECAY", "EPS", "PHASE", "SAVED", "WORDS", "Training", "accumulation", "backward", "check", "end_parameters",
+    "forward", "gradient_shape", "head", "head_gradients", "optimizer", "parameters", "place", "shape", "table_gradients",
+    "vocabulary", "weight_gradients",
 ]  # fmt: skip
 
 PHASE = "train"
@@ -41,17 +42,19 @@ TINY = 1e-30
 """The least second moment that a root is taken of."""
 SAVED = ("h", "q", "a", "y", "h2", "gate_out", "up_out", "f")
 """What the forward pass keeps of a layer, beside its rows and the keys and values."""
+WORDS = ("tokens", "targets", "loss.top", "loss.total", "loss.target")
+"""Of each row: what the host gives, and what it makes the loss of."""
 STATISTICS = ("top", "inverse", "dot")
 """Of each head and row: the largest score, the inverse sum of powers, and the sum of da * a."""
-OPTIMIZED = ("grad", "first", "second", "root", "step", "master", "copy")
-"""Of each weight: its gradient, both moments, what a step is made of, itself in float32, and as the layer takes it."""
+OPTIMIZED = ("grad", "sum", "first", "second", "root", "step", "master", "copy")
+"""Of each weight: its gradient, that of all sequences, both moments, what a step is made of, itself in float32, and as the layer takes it."""
 GAINS = ("attention_norm", "mlp_norm")
 NORMS = (*GAINS, "final_norm")
 BIAS = "_bias"
 ENDS = ("final_norm", f"final_norm{BIAS}", "lm_head", "embedding", "positions")
 """Weights that are no layer's."""
 TABLES = ("cos", "sin", "sin.back", "rate", "tokens", "targets", "limit")
-ELEMENTS = ("moment", "root", "step", "update", "round")
+ELEMENTS = ("share", "accumulate", "moment", "root", "step", "update", "round")
 """Kinds of operators that take each element by itself."""
 WIDE = (8, 6, 4, 3, 2, 1)
 """Groups of blocks that such operators are dealt out to, the first for which there are gates to memory."""
@@ -211,11 +214,18 @@ def vocabulary(share: Share, p: RduParams) -> int:
     return ceil_div(own, parts * p.lanes) * parts * p.lanes
 
 
-def optimizer(name: str) -> list[Op]:
+def accumulation(name: str, first: bool) -> Op:
+    """A sequence's part of a weight's gradient, which is the sequences' mean, added to those before in float32."""
+    if first:
+        return Op(f"{name}_share", "share", (f"{name}.grad",), (f"{name}.sum.new",))
+    return Op(f"{name}_accumulate", "accumulate", (f"{name}.sum", f"{name}.grad"), (f"{name}.sum.new",))
+
+
+def optimizer(name: str, gradient: str = "grad") -> list[Op]:
     """AdamW over the elements of a weight: new moments, weights, and the weights that the layer takes."""
     steps = [
-        ("first_moment", "moment", ("first", "grad"), "first.new"),
-        ("second_moment", "moment", ("second", "grad"), "second.new"),
+        ("first_moment", "moment", ("first", gradient), "first.new"),
+        ("second_moment", "moment", ("second", gradient), "second.new"),
         ("root", "root", ("second.new",), "root"),
         ("step", "step", ("root", "first.new"), "step"),
         ("update", "update", ("master", "step"), "master.new"),
@@ -290,7 +300,7 @@ def place(tensor: str, layer: int) -> tuple[str, tuple[str, str, int]]:
     if what == "copy":
         kind = "gain" if name in NORMS else "bias" if name.endswith(BIAS) else "w"
         return "weights", (PHASE, f"{name.removesuffix(BIAS)}.{kind}", layer)
-    if what in ("w", "gain", "bias") or _optimized(tensor) in ("first", "second", "master"):
+    if what in ("w", "gain", "bias") or _optimized(tensor) in ("sum", "first", "second", "master"):
         return "weights", (PHASE, f"{name}.{what.removesuffix('.new')}", layer)
     if tensor in ("x", "z"):
         return "rows", ("rows", "x", layer + (tensor == "z"))
@@ -300,7 +310,14 @@ def place(tensor: str, layer: int) -> tuple[str, tuple[str, str, int]]:
 
 
 class Training(Rows):
-    """Rows with weights that lie as activations do, and the operators of a training step; `attended` are the rows."""
+    """Rows with weights that lie as activations do, and the operators of a training step; `attended` are the rows.
+
+    A gradient is the mean over `sequences`.
+    """
+
+    def __init__(self, *args: Any, sequences: int = 1, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        self.sequences = sequences
 
     DIRECT = ("product_dw", "attention_dkv", "column_sum", "embedding_dw")
 
@@ -590,7 +607,7 @@ class Training(Rows):
             )  # fmt: skip
             powers.append(power)
             sums.append(line.simd(f"{name}.sum{i}", name, [(power, 0)], [], n, fold="add"))
-        total = joined("sum", sums, "add")
+        total = joined("total", sums, "add")
         inverse = line.simd(f"{name}.inverse", name, [(total, 0)], [], 1, function="reciprocal")
         after = tuple(src[0] for src in inverse.sources)
         out = []
@@ -1010,6 +1027,13 @@ class Training(Rows):
                 reads.append((word, 1))
             out.append(line.simd(f"{name}.{i}", name, reads, list(stages), n, **fields))
         self.at[op.writes[0]] = out
+
+    def _share(self, op: Op) -> None:
+        self._elements(op, [stage("multiply", 0, float(np.float32(1 / self.sequences)), 4)], result=4)
+
+    def _accumulate(self, op: Op) -> None:
+        part = float(np.float32(1 / self.sequences))
+        self._elements(op, [stage("multiply", 1, part, 4), stage("add", 0, 4, 4)], result=4)
 
     def _moment(self, op: Op) -> None:
         second = op.name.endswith("second_moment")

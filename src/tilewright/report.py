@@ -104,7 +104,8 @@ def _title(result: Result) -> str:
     s = result.scenario
     assert s is not None
     if s.train:
-        return f"{result.model}: train {s.train}, seed {s.seed}"
+        batch = f", batch {s.batch}" if s.batch > 1 else ""
+        return f"{result.model}: train {s.train}{batch}, seed {s.seed}"
     words = [f"{k} {v}" for k, v in (("context", s.context), ("prompt", s.prompt)) if v]
     words += [f"generate {s.generate}", f"batch {s.batch}", f"LM head {'yes' if s.lm_head else 'no'}"]
     words += [] if s.embedding else ["embedding no"]
