@@ -62,13 +62,17 @@ class Timeline:
         np.add.at(out, self.spans["tag"], self.spans["ticks"])
         return out
 
-    def binding(self, tags: Sequence[int] | None = None) -> tuple[str, str]:
+    def binding(
+        self, tags: Sequence[int] | None = None, shares: Sequence[float] | None = None
+    ) -> tuple[str, str]:
         """What binds the run, or the given tags: a unit, and the cause that it waits for most, "" if it works more.
 
+        `shares`: how much of each of the tags counts, all of it unless given.
         It is the unit that is engaged longest: busy, or held up by a cause other than those of `waiting`.
         Both are "" where no unit was engaged.
         """
-        rows = (self.activity if tags is None else self.activity[list(tags)]).sum(axis=0)
+        of_tags = self.activity if tags is None else self.activity[list(tags)]
+        rows = of_tags.sum(axis=0) if shares is None else np.tensordot(np.asarray(shares), of_tags, 1)
         kept = [0, *(1 + i for i, cause in enumerate(self.causes) if cause not in self.waiting)]
         engaged = rows[:, kept]
         if not engaged.any():

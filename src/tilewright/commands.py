@@ -141,13 +141,19 @@ def reproduce(slug: str, *, generate: int | None, sensitivity: bool, json: str |
     output.check_outputs(json)
     with output.progress_bar("models") as progress:
         found = reproducing.reproduce(slug, generate, progress)
-    if sensitivity:
-        with output.progress_bar("assumed numbers") as progress:
-            found = replace(found, sensitivity=reproducing.sensitivity(slug, generate, progress))
-    if json is not None:
-        report.write_document(json, reports.document(found))
+    # Each as soon as it is there: moving every assumed number may take longer than the rows.
     if json != output.STDOUT:
         output.show(reports.tables(found))
+        if json is not None and sensitivity:
+            report.write_document(json, reports.document(found))
+    if sensitivity:
+        with output.progress_bar("assumed numbers") as progress:
+            effects = reproducing.sensitivity(slug, generate, progress)
+        found = replace(found, sensitivity=effects)
+        if json != output.STDOUT:
+            output.show(["", *reports.sensitivity_tables(effects)])
+    if json is not None:
+        report.write_document(json, reports.document(found))
 
 
 def flash(name: str, sets: Sequence[str], trace: str, *, json: str | None) -> None:

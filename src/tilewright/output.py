@@ -100,7 +100,7 @@ def show(tables: Sequence[Any]) -> None:
         for item in tables:
             console.print(item, markup=False) if isinstance(item, str) else console.print(item)
     # Without the blanks that fill the last column.
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
 
 
 @contextlib.contextmanager

@@ -126,9 +126,10 @@ def group(unit: str) -> str:
     return f"{match[1].rstrip(' _')}s" if match else unit
 
 
-def bound_by(timeline: Timeline, tags: Sequence[int]) -> str:
-    """What binds the tags, for people: equal units go by the name of their kind."""
-    unit, cause = timeline.binding(tags)
+def bound_by(timeline: Timeline, shares: NDArray[np.float64]) -> str:
+    """What binds the tags of which these shares count, for people: equal units go by the name of their kind."""
+    tags = np.flatnonzero(shares)
+    unit, cause = timeline.binding(tags.tolist(), shares[tags].tolist())
     if sum(group(u) == group(unit) for u in timeline.units) > 1:
         unit = group(unit)
     return f"{unit}: {cause}" if cause else unit
@@ -147,7 +148,7 @@ def of_timeline(
 
     Cycles of a tag are those that the first unit, which issues the work, spends on it: they add up to the
     run even where the spans of tags overlap. A tag on which it spends none works inside others, for the ticks of its
-    spans. `rows` None: the energy is not known.
+    spans; what binds it binds those. `rows` None: the energy is not known.
     """
     n = len(tags)
     own = timeline.tag_ticks()
@@ -159,17 +160,37 @@ def of_timeline(
     energy = None if rows is None else energy_by_tag(tuple(rows), timeline).sum(axis=1)
     calls = np.zeros(n, np.int64)
     np.add.at(calls, timeline.spans["tag"], timeline.spans["count"])
-    bound = [bound_by(timeline, [i]) for i in range(n)]
+    within = _within(timeline, inside[:n])
+    bound = [bound_by(timeline, shares) for shares in within]
     return {
         "cycles": timeline.ticks,
         "energy_j": None if energy is None else float(energy.sum()),
         "counters": timeline.totals(),
         "units": {u: _unit(timeline.unit(u)) for u in timeline.units},
-        "operators": _operators(timeline, tags, cycles, calls, energy, inside),
+        "operators": _operators(timeline, tags, cycles, calls, energy, inside, within),
         "spans": _steps(timeline, tags, bound, step_of)
         if by_step
         else _sums(timeline, tags, cycles, calls, energy, bound),
     }
+
+
+def _within(timeline: Timeline, inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The share of each tag's time that it works within others, or is itself: float64[tag, tag within].
+
+    One that works inside belongs to what is under way when its span begins.
+    """
+    spans = timeline.spans
+    ticks = np.zeros((len(inside), len(inside)))
+    at = inside[spans["tag"]]
+    within, around = spans[at], spans[~at]
+    low, high = (np.searchsorted(around["segment"], within["segment"], side) for side in ("left", "right"))
+    i = np.repeat(np.arange(len(within)), high - low)
+    j = np.arange(len(i)) - np.repeat(np.cumsum(high - low) - high, high - low)
+    first = within["first"][i]
+    holds = (around["first"][j] <= first) & (first < around["end"][j])
+    i, j = i[holds], j[holds]
+    np.add.at(ticks, (around["tag"][j], within["tag"][i]), within["ticks"][i])
+    return ticks / np.maximum(ticks.sum(axis=0), 1) + np.eye(len(inside))
 
 
 def _unit(ticks: Mapping[str, int]) -> dict[str, Any]:
@@ -183,6 +204,7 @@ def _operators(
     calls: NDArray[np.int64],
     energy: NDArray[np.float64] | None,
     inside: NDArray[np.bool_],
+    within: NDArray[np.float64],
 ) -> list[Operator]:
     members: dict[str, list[int]] = {}
     for i, tag in enumerate(tags):
@@ -193,7 +215,7 @@ def _operators(
         joules = None if energy is None else float(energy[m].sum())
         ran = int(calls[m].sum()) if name else 0
         if ran or (not name and (cycles[m].any() or joules)):
-            bound = bound_by(timeline, m) if name else ""
+            bound = bound_by(timeline, within[m].sum(axis=0)) if name else ""
             out.append(Operator(name, ran, int(cycles[m].sum()), joules, bound, bool(inside[m].all())))
     return out
 

@@ -4,13 +4,17 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
 
 from tests.face.invoke import tilewright, tiny_model
 from tilewright import report
 from tilewright.arch.clock import Clock
+from tilewright.arch.scenario import TagInfo
+from tilewright.arch.timeline import SPAN as ROW
+from tilewright.arch.timeline import Timeline
 from tilewright.devices import load_device
-from tilewright.summary import Result, bound_by, row_hit_rate
+from tilewright.summary import Result, bound_by, of_timeline, row_hit_rate
 
 FIELDS = {
     "tilewright", "spec", "spec_hash", "model", "scenario", "cycles", "tick_s", "time_s", "tokens_per_s",
@@ -146,18 +150,14 @@ def test_roofline_steps_follow_one_another(model):
 
 
 def test_equal_units_go_by_the_name_of_their_kind():
-    import numpy as np
-
-    from tilewright.arch.timeline import SPAN, Timeline
-
     def bound(rows, units):
         rows = np.array(rows)
         line = Timeline(
-            ticks=int(rows[0].sum()), tags=("t",), spans=np.zeros(0, SPAN), counter_names=(),
+            ticks=int(rows[0].sum()), tags=("t",), spans=np.zeros(0, ROW), counter_names=(),
             counters=np.zeros((2, 0), np.int64), units=units, causes=("column", "wait", "idle"),
             activity=np.stack([rows, np.zeros_like(rows)]),
         )  # fmt: skip
-        return bound_by(line, [0])
+        return bound_by(line, np.array([1.0]))
 
     # busy, column, wait, idle: the sequencer waits, the channels are engaged in 80 and 90 of 100 ticks.
     rows = [[5, 0, 95, 0], [20, 60, 0, 20], [30, 60, 0, 10]]
@@ -166,6 +166,33 @@ def test_equal_units_go_by_the_name_of_their_kind():
     assert bound([[5, 0, 95, 0], [60, 20, 0, 20]], ("sequencer", "channel 0")) == "channel 0"
     # The one that works most is not the one that is engaged most.
     assert bound([[30, 0, 0, 70], [20, 60, 0, 20]], ("asic", "channel 0")) == "channel 0: column"
+
+
+def test_what_binds_a_kernel_binds_what_works_inside_it():
+    # Kernels of 40 and 60 ticks. In both, gates work for `weights`, 30 and 10 ticks, in the second one units add for 45.
+    spans = [
+        (0, 0, 0, 40, 40, 1),
+        (0, 2, 5, 35, 30, 1),
+        (1, 1, 40, 100, 60, 1),
+        (1, 2, 50, 60, 10, 1),
+        (1, 3, 50, 95, 45, 1),
+    ]
+    activity = np.zeros((5, 3, 3), np.int64)  # busy, pipeline, idle of the sequencer, a gate and a unit
+    activity[0, 0, 1], activity[1, 0, 1] = 40, 60
+    activity[2, 1, 0], activity[3, 2, 0] = 40, 45
+    activity[-1, 1, 2], activity[-1, 2, 2] = 60, 55
+    names = ("first", "second", "weights", "add")
+    line = Timeline(
+        ticks=100, tags=names, spans=np.array(spans, ROW), counter_names=(), counters=np.zeros((5, 0), np.int64),
+        units=("sequencer", "gate", "unit"), causes=("pipeline", "idle"), activity=activity, waiting=("pipeline", "idle"),
+    )  # fmt: skip
+    found = of_timeline(line, [TagInfo(name, name, -1) for name in names], None)
+    # Of the gate's 40 ticks the first kernel has 30, the second one 10.
+    assert {o.name: o.bound_by for o in found["operators"]} == {
+        "first": "gate", "second": "unit", "weights": "gate", "add": "unit",
+    }  # fmt: skip
+    assert found["spans"].bound_by == ["gate", "unit", "gate", "unit"]
+    assert [o.inside for o in found["operators"]] == [False, False, True, True]
 
 
 def test_row_hit_rate_by_hand():

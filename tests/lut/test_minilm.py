@@ -88,7 +88,7 @@ def test_sentences_are_cut(encoder):
     assert [VOCAB[i] for i in encoder.tokenizer("a cat sat", 4)] == ["[CLS]", "a", "cat", "[SEP]"]
     # The model has 8 positions: six tokens between the two special ones.
     a, b = encoder.encode(["a " * 6, "a " * 7])
-    np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # a library may add up a row of a matrix in any order
 
 
 def gelu(x):

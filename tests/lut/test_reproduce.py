@@ -2,15 +2,17 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
 
 from tests.face.invoke import tilewright
+from tilewright.arch.errors import UserError
 from tilewright.arch.published import published
 from tilewright.arch.registry import load_spec
 from tilewright.arch.scenario import Scenario
-from tilewright.reproduce import lut, sensitivity
+from tilewright.reproduce import jobs, lut, sensitivity
 from tilewright.reproduce.jobs import Job, run_job
 from tilewright.reproduce.report import sensitivity_tables
 from tilewright.workloads.models import load_model
@@ -136,3 +138,22 @@ def test_assumed_numbers_are_moved(monkeypatch):
         effects["energy.dram_pj_per_bit"].time == (0, 0) and effects["energy.dram_pj_per_bit"].energy[1] > 0
     )
     assert "bitnet-b1.58-700m, prompt 64, 1 tokens" in sensitivity_tables(found)[0].title
+
+
+def test_a_number_with_which_nothing_runs_is_left_out(monkeypatch):
+    small = Job(lut.SPEC, "bitnet-b1.58-700m", Scenario(prompt=64, generate=1))
+    monkeypatch.setattr(lut, "probe", lambda generate: small)
+    refused = "memory.dram_efficiency=99/100"
+
+    def run_but(job, real=jobs.run_job):
+        if refused in job.sets:
+            raise UserError("no place for it")
+        return real(job)
+
+    monkeypatch.setattr(jobs, "run_job", run_but)
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda workers, **kw: ThreadPoolExecutor(1))
+    found = sensitivity("lut")
+    effect = next(e for e in found.effects if e.key == "memory.dram_efficiency")
+    assert effect.time[0] > 0 and effect.time[1] is None
+    shown = sensitivity_tables(found)
+    assert "-: the spec's checks, or the mapper, refuse that value" in shown

@@ -174,7 +174,7 @@ def test_tables_mark_bounds_and_fit_80_columns(tmp_path, monkeypatch):
     assert re.search(r"speed-up over T4 41\.\.137 published >=\d", text)
     assert "can't be concluded" in text and "not what is published: that is for 1024 tokens" in text
     assert "assumed numbers less and more 10 %: gpt2-small, 1 tokens" in text
-    assert "refused by the spec's checks, both ways: dram.row_bytes" in text
+    assert "refused by the spec's checks or the mapper, both ways: dram.row_bytes" in text
     # What the constants do, against a run with one of them changed.
     effects = {e["key"]: e for e in json.loads((tmp_path / "r.json").read_text())["sensitivity"]["effects"]}
     assert effects.keys() == {

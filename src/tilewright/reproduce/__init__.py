@@ -73,7 +73,7 @@ class Row:
 class Effect(NamedTuple):
     """What one constant does, alone: the values tried below and above, and time and energy over the preset's, - 1.
 
-    None where the spec's own checks refuse the value.
+    None where the spec's own checks refuse the value, or the model can't be run with it.
     """
 
     key: str
@@ -174,13 +174,16 @@ def sensitivity(slug: str, generate: int | None = None, progress: Progress | Non
     numbers = {k: Fraction(held[k]) for k in spec.assumed() if isinstance(held[k], (int, Fraction))}
     tried = {k: steps(v, whole=isinstance(held[k], int)) for k, v in numbers.items()}
     wanted = {(k, i): f"{k}={v}" for k, pair in tried.items() for i, v in enumerate(pair)}
-    jobs = {at: probe._replace(sets=(text,)) for at, text in wanted.items() if _allowed(probe.spec, text)}
-    base, *found = run_jobs([probe, *jobs.values()], progress)
-    moved = dict(zip(jobs, found, strict=True))
+    jobs = [
+        probe._replace(sets=(text,), optional=True) for text in wanted.values() if _allowed(probe.spec, text)
+    ]
+    base, *found = run_jobs([probe, *jobs], progress)
+    moved = {outcome.job.sets: outcome for outcome in found}
 
     def change(key: str, what: str) -> tuple[float | None, float | None]:
         first = getattr(base, what)
-        a, b = (getattr(moved[key, i], what) / first - 1 if (key, i) in moved else None for i in (0, 1))
+        pair = (moved.get((wanted[key, i],)) for i in (0, 1))
+        a, b = (None if outcome is None else getattr(outcome, what) / first - 1 for outcome in pair)
         return a, b
 
     effects = [Effect(k, v, tried[k], change(k, "time_s"), change(k, "energy_j")) for k, v in numbers.items()]

@@ -76,8 +76,6 @@ def tables(found: Reproduction) -> list[Any]:
         "",
     ]
     items += [_model_table(found), "", *found.remarks]
-    if found.sensitivity is not None:
-        items += ["", *sensitivity_tables(found.sensitivity)]
     return items
 
 
@@ -137,13 +135,13 @@ def sensitivity_tables(found: Sensitivity) -> list[Any]:
     for words, keys in (
         (f"less than {100 * NEGLIGIBLE:g} %", small),
         ("zero, of which 10 % is nothing", none),
-        ("refused by the spec's checks, both ways", refused),
+        ("refused by the spec's checks or the mapper, both ways", refused),
         ("not numbers", found.words),
     ):
         if keys:
             items.append(f"{words}: {', '.join(keys)}")
     if any(None in e.time for e in shown):
-        items.append("-: the spec's checks refuse that value")
+        items.append("-: the spec's checks, or the mapper, refuse that value")
     return items
 
 
