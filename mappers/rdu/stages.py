@@ -10,6 +10,7 @@ of one matrix, each by its own range, their sequence ids are the addresses; so t
 one of the block before, the next block is read only when all of this one is written.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -1123,9 +1124,11 @@ class Pipeline:
         for name, u in self.units.items():
             fields = {"stages": u.stages, **u.fields} if u.kind == "pcu" and u.stages else u.fields
             getattr(section, u.kind)(name, tag=self.prefix + u.tag, **fields)
+        meeting = Counter(sink for sinks in self.sinks.values() for sink in sinks)
         for source, sinks in self.sinks.items():
-            # However rare a stream is, it counts beside one that claims the link.
-            rate = min(Fraction(1), max(least, Fraction(self.packets(source), max(1, most))))
+            # However rare a stream is, it counts beside one that claims the link; but all that meet must be able to.
+            own = min(least, Fraction(1, max(meeting[sink] for sink in sinks)))
+            rate = min(Fraction(1), max(own, Fraction(self.packets(source), max(1, most))))
             if source in resting:
                 rate = 1 - SHARING * loading if source in self.later else Fraction(1)
             elif source in self.loading:

@@ -1,5 +1,7 @@
 """Stages of a pipeline: buffers, tokens, and who waits for whom."""
 
+from fractions import Fraction
+
 import pytest
 
 from tilewright.arch.errors import UserError
@@ -90,6 +92,32 @@ def test_all_reduce_moves_what_a_ring_moves():
     assert sent == 2 * 3 * 8 * 2 * 8 * 2 // 4
     assert sent == sum(n for name, n in p.traffic.items() if ".receive" in name)
     assert (out.columns, len(out.sources[0]), out.each) == (8, 4, 2)
+
+
+class Rates:
+    """Takes a pipeline as a section does, and keeps the rates of its streams."""
+
+    def __init__(self):
+        self.rate = {}
+
+    def __getattr__(self, name):
+        return lambda *args, **fields: None
+
+    def stream(self, source, *sinks, rate, **fields):
+        self.rate[source] = rate
+
+
+@pytest.mark.parametrize("units", [8, 100])
+def test_results_that_meet_claim_no_more_than_their_buffer_takes(units):
+    p = line(blocks=2)
+    x = p.read("x", "t", p.load("in", "load", "x", 512), [(512, 1), (1, 0)])
+    y = p.product("y", "t", x, 512, 1, p.weights("w", "t", "w", 512, 1, units, 1), units * 8)
+    p.read("r", "t", y, [(units * 8, 1)])
+    section = Rates()
+    p.into(section)
+    # A unit gives 8 columns of 2 blocks while it takes 1024 of x: 1/64, the least there is. A hundred would be 25/16.
+    assert section.rate["y.0.0"] == Fraction(1, max(64, units))
+    assert sum(section.rate[f"y.0.{j}"] for j in range(units)) <= 1
 
 
 def test_a_section_takes_it_all():
