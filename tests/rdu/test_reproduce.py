@@ -68,12 +68,16 @@ TIMES = {  # seconds of (prefill, decode step), and launches, by way of mapping
 }
 
 
+TRAINING = {"unfused": 0.9, "SO": 0.5, "HO": 0.45}  # seconds of a step
+
+
 def _outcome(job):
     ways = {tuple(v.items()): k for k, v in rdu.MAPPINGS.items()}
     way = ways[tuple(job.mapping.items())] if job.mapping else None
     prompt, step, launches = TIMES.get(way, (0.1, 0.03, 0))
     steps = job.scenario.generate
     time = prompt if job.scenario.prompt else step * steps * (2 if job.sets else 1)
+    time = TRAINING[way] if job.scenario.train else time
     counters = {"launches": launches, "hbm_lines": 10**8}
     return Outcome(job, 0, time, 1.0, counters, {}, {}, way is None)
 
@@ -95,7 +99,9 @@ def test_rows_by_hand(found):
     # 0.4 / 0.2 and 0.05 / 0.01 by fusion, 0.2 / 0.16 and 0.01 / 0.004 by hardware, 1100 / 100 calls.
     assert low["fusion_prefill"] == pytest.approx(2) and low["fusion_decode"] == pytest.approx(5)
     assert low["hardware_prefill"] == pytest.approx(1.25) and low["hardware_decode"] == pytest.approx(2.5)
-    assert low["calls_prefill"] == 11 and low["overall"] == pytest.approx(2.5)
+    assert low["fusion_training"] == pytest.approx(1.8)  # 0.9 / 0.5
+    assert low["hardware_training"] == pytest.approx(10 / 9)  # 0.5 / 0.45
+    assert low["calls_prefill"] == 11 and low["overall"] == pytest.approx(2)
     assert ours["overall"].high == pytest.approx(12.5)
     assert low["flashfft"] == 4 and low["flashfft_calls"] == 1 and low["flashfft_hardware"] == 2
     # 1e8 lines of 64 bytes in 4 ms of 1.8 TB/s; 16 sockets: 1 / (2 * 0.004).
