@@ -3,6 +3,8 @@
 import shutil
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
@@ -43,9 +45,35 @@ def width() -> int:
     return shutil.get_terminal_size((80, 24)).columns
 
 
+class Grid(Table):
+    """Where the terminal is too narrow, names give way first, and the last column by whole words; numbers never do."""
+
+    GAP = 2
+    NAME = 12
+    """Characters of a name that are always left."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self._fit(options.max_width)
+        yield from super().__rich_console__(console, options)
+
+    def _fit(self, room: int) -> None:
+        texts = [[str(column.header), *map(str, column.cells)] for column in self.columns]
+        widths = [max(map(cell_len, column)) for column in texts]
+        last = len(widths) - 1
+        words = max(cell_len(word) for text in texts[last] for word in text.split() or [""])
+        least = widths[last] if last == 0 or self.columns[last].justify == "right" else words
+        left = room - sum(widths[1:last]) - self.GAP * last - least
+        if last == 0 or sum(widths) + self.GAP * last <= room or left < min(widths[0], self.NAME):
+            return
+        self.columns[0].max_width = min(widths[0], left)
+        for column, width in zip(self.columns[1:], widths[1:], strict=True):
+            if column.justify == "right":
+                column.min_width = width
+
+
 def grid(title: str, *columns: str) -> Table:
     """A plain table; a column's name after ">" is set to the right. The last column folds into lines."""
-    table = Table(
+    table = Grid(
         title=title or None,
         title_justify="left",
         title_style="bold",
