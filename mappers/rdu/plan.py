@@ -12,8 +12,10 @@ from functools import partial
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import TIERS, RduParams
 from tilewright.mappers.rdu.allocate import Demand, Operator, allocate, cut_sections
-from tilewright.mappers.rdu.layer import Op, Rows, Share, Tiles, Vectors
+from tilewright.mappers.rdu.layer import Op, Share, Tiles
+from tilewright.mappers.rdu.rows import Rows
 from tilewright.mappers.rdu.stages import Pipeline, ceil_div
+from tilewright.mappers.rdu.vectors import Vectors
 
 __all__ = ["Choice", "Limits", "cut", "plan_rows", "plan_vectors"]
 

@@ -15,17 +15,9 @@ import numpy as np
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import RduParams
 from tilewright.mappers.rdu.allocate import Demand
-from tilewright.mappers.rdu.layer import (
-    GELU_CUBIC,
-    GELU_SCALE,
-    LOWEST,
-    Op,
-    Rows,
-    Share,
-    cached,
-    layer_operators,
-    summed,
-)
+from tilewright.mappers.rdu.layer import Op, Share, layer_operators, summed
+from tilewright.mappers.rdu.pieces import GELU_CUBIC, GELU_SCALE, LOWEST, cached
+from tilewright.mappers.rdu.rows import Rows
 from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 from tilewright.workloads.models import ModelConfig
 

@@ -380,7 +380,9 @@ def test_stretches_end_when_programs_do(repeats):
     part = "LINK path=host bytes=9 tag=link\nWRITE slot={} heads=2 tokens=16 after=6 tag=write\n"
     parts = [part.format(slot) for slot in range(0, 48, 2)]
     text = CONFIG + "".join((layer if i % 4 == 0 else "") + text for i, text in enumerate(parts))
-    p = SYSTEM._replace(slots=48, flash=SYSTEM.flash._replace(blocks=64, program=constant(*SYSTEM.flash.program * 4)))
+    p = SYSTEM._replace(
+        slots=48, flash=SYSTEM.flash._replace(blocks=64, program=constant(*SYSTEM.flash.program * 4))
+    )
     assert_folds(p, arch.ISA.assemble(text))
     assert any(
         end - first == 10 for first, end in repeats

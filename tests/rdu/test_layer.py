@@ -10,10 +10,12 @@ from tilewright.arch import rdu
 from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
-from tilewright.mappers.rdu.layer import Rows, Share, Tiles, Vectors, layer_operators, shares_of, slope
+from tilewright.mappers.rdu.layer import Share, Tiles, layer_operators, slope
 from tilewright.mappers.rdu.plan import kept
+from tilewright.mappers.rdu.rows import Rows
 from tilewright.mappers.rdu.section import Section, segment
 from tilewright.mappers.rdu.stages import first_column
+from tilewright.mappers.rdu.vectors import Vectors, shares_of
 from tilewright.workloads import rdu_layer as reference
 from tilewright.workloads.models import ModelConfig
 from tilewright.workloads.rdu import blank_image, interpret

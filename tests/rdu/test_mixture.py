@@ -13,8 +13,9 @@ from tilewright.arch.isa import Program
 from tilewright.arch.registry import load_spec
 from tilewright.arch.scenario import Scenario
 from tilewright.mappers.rdu import _Mapper, document_of, mixture
-from tilewright.mappers.rdu.layer import Share, Vectors
+from tilewright.mappers.rdu.layer import Share
 from tilewright.mappers.rdu.stages import first_column
+from tilewright.mappers.rdu.vectors import Vectors
 from tilewright.workloads import rdu_layer as reference
 from tilewright.workloads.models import load_model
 from tilewright.workloads.rdu import blank_image, interpret

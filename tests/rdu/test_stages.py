@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from tilewright.arch.errors import UserError
-from tilewright.mappers.rdu.layer import cached
+from tilewright.mappers.rdu.pieces import cached
 from tilewright.mappers.rdu.section import Section
 from tilewright.mappers.rdu.stages import Pipeline, constant, first_column, stage
 
