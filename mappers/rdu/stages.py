@@ -1129,7 +1129,7 @@ class Pipeline:
             # However rare a stream is, it counts beside one that claims the link; but where very many meet, all must be
             # able to. (Fewer that claim more are spread better: a layer's forward pass takes 20 % longer without.)
             together = max(meeting[sink] for sink in sinks)
-            own = Fraction(1, together) if together * LEAST > 1 else least
+            own = min(least, Fraction(1, together)) if together * LEAST > 1 else least
             rate = min(Fraction(1), max(own, Fraction(self.packets(source), max(1, most))))
             if source in resting:
                 rate = 1 - SHARING * loading if source in self.later else Fraction(1)
