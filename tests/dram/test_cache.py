@@ -39,6 +39,8 @@ def tree(tmp_path):
             [sys.executable, "-c", script],
             env={k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
             | {"PYTHONPATH": str(tmp_path / "src"), "TILEWRIGHT_CACHE": str(tmp_path / "cache")}
+            # Bytecode is told from its source by size and whole seconds: an edit in the same second would be missed.
+            | {"PYTHONDONTWRITEBYTECODE": "1"}
             | env,
             capture_output=True,
             text=True,
