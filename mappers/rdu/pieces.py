@@ -20,6 +20,7 @@ __all__ = [
     "activation_stages",
     "cached",
     "has_bias",
+    "rotated",
     "softmax",
     "weighted",
     "weights_of",
@@ -61,6 +62,7 @@ def activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any]
 
 
 def has_bias(model: ModelConfig, name: str) -> bool:
+    """Whether a product of the model adds a bias."""
     return {
         "qkv": model.qkv_bias,
         "attention_out": model.attention_out_bias,
@@ -69,6 +71,23 @@ def has_bias(model: ModelConfig, name: str) -> bool:
         "router": False,
         "patches": False,
     }.get(name, model.mlp_bias)
+
+
+def rotated(line: Pipeline, name: str, qkv: Flow, dim: int, heads: int, row: int | None = None) -> Flow:
+    """Rotary positions on the first `heads` heads of `dim` columns each; `row` bytes from block to block of
+    the tables, as of `Pipeline.load`."""
+    half = dim // 2
+    x = line.read(f"{name}.x", name, qkv, [(dim, 1), (heads, dim)])
+    other = line.read(f"{name}.other", name, qkv, [(half, 1), (2, -half), (heads, dim)], first=half)
+    tables = [
+        line.read(
+            f"{name}.{t}", name, line.load(f"{name}.{t}.in", name, t, dim, row=row), [(dim, 1), (heads, 0)]
+        )
+        for t in ("cos", "sin")
+    ]
+    stages = [stage("multiply", 0, 2, 4), stage("multiply", 1, 3, 5), stage("add", 4, 5, 4)]
+    reads = [(f, 0) for f in (x, other, *tables)]
+    return line.simd(f"{name}.turn", name, reads, stages, heads * dim, result=4, round=1)
 
 
 def softmax(line: Pipeline, name: str, scores: Sequence[Flow]) -> list[Flow]:

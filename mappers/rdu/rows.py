@@ -15,6 +15,7 @@ from tilewright.mappers.rdu.pieces import (
     activation_stages,
     cached,
     has_bias,
+    rotated,
     softmax,
     weighted,
     weights_of,
@@ -376,25 +377,7 @@ class Rows:
         dim, heads = m.head_dim, s.heads + s.kv_heads
         turned = qkv
         if m.position == "rotary":
-            half = dim // 2
-            x = line.read(f"{name}.x", name, qkv, [(dim, 1), (heads, dim)])
-            other = line.read(f"{name}.other", name, qkv, [(half, 1), (2, -half), (heads, dim)], first=half)
-            tables = [
-                line.read(
-                    f"{name}.{t}", name, line.load(f"{name}.{t}.in", name, t, dim), [(dim, 1), (heads, 0)]
-                )
-                for t in ("cos", "sin")
-            ]
-            stages = [stage("multiply", 0, 2, 4), stage("multiply", 1, 3, 5), stage("add", 4, 5, 4)]
-            turned = line.simd(
-                f"{name}.turn",
-                name,
-                [(f, 0) for f in (x, other, *tables)],
-                stages,
-                heads * dim,
-                result=4,
-                round=1,
-            )
+            turned = rotated(line, name, qkv, dim, heads)
         self.at[op.writes[0]] = [line.read(f"{name}.q", name, turned, [(s.q_dim, 1)])]
         token = self.p.lanes * BF16_BYTES
         row = self.pitch * BF16_BYTES

@@ -14,6 +14,7 @@ from tilewright.mappers.rdu.pieces import (
     activation_stages,
     cached,
     has_bias,
+    rotated,
     softmax,
     weighted,
     weights_of,
@@ -276,28 +277,7 @@ class Vectors:
                 raise UserError(
                     f"{m.name}: half a head of {m.head_dim} columns is no multiple of the {lanes} lanes"
                 )
-            half = dim // 2
-            x = line.read(f"{name}.x", name, qkv, [(dim, 1), (heads, dim)])
-            other = line.read(f"{name}.other", name, qkv, [(half, 1), (2, -half), (heads, dim)], first=half)
-            tables = [
-                line.read(
-                    f"{name}.{t}",
-                    name,
-                    line.load(f"{name}.{t}.in", name, t, dim, row=0),
-                    [(dim, 1), (heads, 0)],
-                )
-                for t in ("cos", "sin")
-            ]
-            stages = [stage("multiply", 0, 2, 4), stage("multiply", 1, 3, 5), stage("add", 4, 5, 4)]
-            turned = line.simd(
-                f"{name}.turn",
-                name,
-                [(f, 0) for f in (x, other, *tables)],
-                stages,
-                heads * dim,
-                result=4,
-                round=1,
-            )
+            turned = rotated(line, name, qkv, dim, heads, row=0)
         self.at[op.writes[0]] = turned
         for at, source, first in (("keys", turned, s.q_dim), ("values", qkv, s.q_dim + s.kv_dim)):
             flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first, words=True)

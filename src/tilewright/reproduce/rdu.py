@@ -212,14 +212,14 @@ def _sorted(outcomes: Sequence[Outcome]) -> dict[tuple[str, str, str], Outcome]:
     for o in outcomes:
         way = ways[tuple(sorted(o.job.mapping.items()))] if o.job.mapping else o.job.spec
         scenario = o.job.scenario
-        phase = (
-            "training"
-            if scenario.train
-            else "prefill"
-            if scenario.prompt
-            else _decode(scenario.context + scenario.generate)
-        )
-        phase = "rate" if o.job.sets == RATE_SETS else phase
+        if o.job.sets == RATE_SETS:
+            phase = "rate"
+        elif scenario.train:
+            phase = "training"
+        elif scenario.prompt:
+            phase = "prefill"
+        else:
+            phase = _decode(scenario.context + scenario.generate)
         out[o.job.model, way, phase] = o
     return out
 
