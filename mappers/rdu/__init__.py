@@ -19,6 +19,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ TRIES = 4
 DETOURS = 8
 """Times that streams are led by other ways, where they can't be kept apart."""
 HOPELESS = 40
-"""Links with which other seeds are not tried."""
+"""Links with which other seeds are not tried, unless nothing else is left to try."""
+NONE = 1 << 20
+"""That many are counted where there are no routes."""
+LAST_TRIES = 12
+"""Seeds that are tried then, with gates dealt out to channels and with gates where they are nearest."""
 CROWDED = Fraction(5, 4)
 """What a link may have to do, in its capacity, without that other seeds are tried."""
 PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
@@ -756,10 +761,15 @@ class _Mapper:
     ) -> tuple[list[int], int]:
         """The kernels of `ops` for the next token, and how many sequences they take at once: at most `batch`, or all.
 
-        Fewer units make more and smaller sections: these are taken where larger ones find no routes of their own.
+        Fewer units make more and smaller sections: these are taken where larger ones find no routes of their own. Where
+        those don't either, or don't exist, all else is tried with the sections that came closest.
         """
-        tries: list[tuple[list[Kernel], int]] = []
+        tries: list[tuple[list[Kernel | None], list[Choice], int]] = []
         first = len(self.kernels)
+
+        def shared(kernel: Kernel | None) -> int:
+            return NONE if kernel is None else kernel.blocked
+
         for percent in TOKEN_PERCENTS:
             self.limits = self._limits(percent)
             try:
@@ -768,14 +778,15 @@ class _Mapper:
                 if tries:
                     break
                 raise
-            for choice in choices:
-                self._kernel(phase, choice)
-            tries.append((self.kernels[first:], held))
-            del self.kernels[first:]
-            if self.document["percent"] or not any(k.blocked for k in tries[-1][0]):
+            tries.append(([self._routed(phase, choice) for choice in choices], choices, held))
+            if self.document["percent"] or not any(map(shared, tries[-1][0])):
                 break
-        kernels, held = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
-        self.kernels += kernels
+        kernels, choices, held = min(tries, key=lambda t: sum(map(shared, t[0])))
+        for kernel, choice in zip(kernels, choices, strict=True):
+            if kernel is None or kernel.blocked:
+                self._kernel(phase, choice, patient=True)
+            else:
+                self.kernels.append(kernel)
         return list(range(first, len(self.kernels))), held
 
     def _token_choices(
@@ -861,34 +872,59 @@ class _Mapper:
         return self.share.kv_dim * self.pitch * BF16_BYTES
 
     def _kernel(
-        self, phase: str, choice: Choice, smaller: Callable[[Limits], Choice | None] | None = None
+        self,
+        phase: str,
+        choice: Choice,
+        smaller: Callable[[Limits], Choice | None] | None = None,
+        patient: bool = False,
     ) -> int:
-        """Place and route a section.
+        """The number of a new kernel, as `_routed` finds it. Raises UserError where there are no routes."""
+        kernel = self._routed(phase, choice, smaller, patient)
+        if kernel is None:
+            raise UserError(
+                f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
+            )
+        self.kernels.append(kernel)
+        return len(self.kernels) - 1
+
+    def _routed(
+        self,
+        phase: str,
+        choice: Choice,
+        smaller: Callable[[Limits], Choice | None] | None = None,
+        patient: bool = False,
+    ) -> Kernel | None:
+        """Place and route a section; None if there are no routes.
 
         Where streams share links with some that wait for others, they may come to wait for one another. Other seeds are
         tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted. Other seeds are
-        tried, too, where a link has much more than its capacity.
+        tried, too, where a link has much more than its capacity. If `patient`, all are tried, and gates in other places,
+        until no such link is left.
         """
         start = time.monotonic()
+        first = self.document["seed"]
+        seeds = range(first, first + (LAST_TRIES if patient else TRIES))
         rows = phase in ("prompt", vision.PHASE, train.PHASE)
         own = f"{phase}_" if phase == vision.PHASE else ""
         limits = self.limits
         best: tuple[tuple[int, Fraction], Choice, Built] | None = None
         while True:
-            for seed in range(self.document["seed"], self.document["seed"] + TRIES):
+            for seed, dealt in product(seeds, (True, False) if patient else (True,)):
                 section = Section(self.p, f"{phase} {_name(choice)}")
                 choice.line.prefix = own
                 choice.line.into(section, choice.ticks(self.p))
                 try:
                     at = choice.line.places() if rows else None
-                    built = section.build(seed=seed, moves=self.document["moves"] or None, at=at)
+                    built = section.build(seed=seed, moves=self.document["moves"] or None, at=at, dealt=dealt)
                 except UserError:  # more streams on a link than it has flows
                     continue
-                blocked, apart, held = self._kept_apart(choice, built)
+                blocked, apart, held = self._kept_apart(choice, built, patient)
                 score = blocked, _load(held)
                 if best is None or score < best[0]:
                     best = score, apart, held
-                if blocked > HOPELESS or (not blocked and score[1] <= CROWDED):
+                if patient and not blocked:
+                    break
+                if not patient and (blocked > HOPELESS or (not blocked and score[1] <= CROWDED)):
                     break
             if smaller is None or (best is not None and not best[0][0]):
                 break
@@ -898,15 +934,11 @@ class _Mapper:
                 break
             choice = fewer
         if best is None:
-            raise UserError(
-                f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
-            )
+            return None
         (blocked, _), choice, built = best
-        name = own + _name(choice)
-        self.kernels.append(Kernel(name, phase, choice, built, time.monotonic() - start, blocked))
-        return len(self.kernels) - 1
+        return Kernel(own + _name(choice), phase, choice, built, time.monotonic() - start, blocked)
 
-    def _kept_apart(self, choice: Choice, built: Built) -> tuple[int, Choice, Built]:
+    def _kept_apart(self, choice: Choice, built: Built, patient: bool) -> tuple[int, Choice, Built]:
         """The section with the same places, in which tokens keep streams that clash apart, and the links on which some
         still do. Streams of which neither can wait for the other are led by other ways, one and the other in turn."""
 
@@ -925,7 +957,7 @@ class _Mapper:
             if best is None:
                 best = on(clashes), choice, built
             holds, left = waits.holds(clashes)
-            if on(left) > HOPELESS:
+            if on(left) > HOPELESS and not patient:
                 break
             section = Section(self.p, built.name)
             if not left:
