@@ -200,12 +200,18 @@ class _Builder:
 
     def linear(
         self, name: str, x: int | None, rows: int, k: int, n: int, *, bias: bool = False,
-        kind: OpKind = OpKind.LINEAR, other_flops: int = 0,
+        kind: OpKind = OpKind.LINEAR, other_flops: int = 0, groups: int = 1,
     ) -> int:  # fmt: skip
+        """A product; of sparse weights that of each of `groups`, side by side."""
         return self.emit(
-            name, kind, (x,), m=rows, k=k, n=n, macs=rows * k * n, other_flops=other_flops + bias * rows * n,
-            bias=bias, weight_elements=k * n + bias * n, input_elements=rows * k, output_elements=rows * n,
+            name, kind, (x,), m=rows, k=k // groups, n=n // groups, instances=groups, macs=rows * k * n // groups,
+            other_flops=other_flops + bias * rows * n, bias=bias, weight_elements=k * n // groups + bias * n,
+            input_elements=rows * k, output_elements=rows * n,
         )  # fmt: skip
+
+    def layer_linear(self, *args: Any, **fields: Any) -> int:
+        """A product of a layer, whose weights may be sparse."""
+        return self.linear(*args, **fields, groups=self.model.weight_groups)
 
     def experts(self, name: str, inputs: Iterable[int | None], k: int, n: int, reads: int) -> int:
         """A matrix per expert; each token goes through `experts_per_token` of them, chosen by the router."""
@@ -263,7 +269,7 @@ class _Builder:
         cached = batch * keys * kv if model.causal else 0
         direct = 0 if model.causal else rows * kv
 
-        qkv = self.linear("qkv", x, rows, model.d_model, q + 2 * kv, bias=model.qkv_bias)
+        qkv = self.layer_linear("qkv", x, rows, model.d_model, q + 2 * kv, bias=model.qkv_bias)
         query = qkv
         if model.qk_norm:
             query = self.emit(
@@ -301,20 +307,20 @@ class _Builder:
         )  # fmt: skip
         if model.sub_norms:
             x = self.norm("attention_sub_norm", x, rows, q)
-        return self.linear("attention_out", x, rows, q, model.d_model, bias=model.attention_out_bias)
+        return self.layer_linear("attention_out", x, rows, q, model.d_model, bias=model.attention_out_bias)
 
     def dense_mlp(self, x: int | None, width: int, prefix: str = "") -> int:
         model, rows, d, bias = self.model, self.rows, self.model.d_model, self.model.mlp_bias
         if model.gated_mlp:
-            up = self.linear(prefix + "gate_up", x, rows, d, 2 * width, bias=bias)
+            up = self.layer_linear(prefix + "gate_up", x, rows, d, 2 * width, bias=bias)
             h = self.elementwise(prefix + "activation", OpKind.ACTIVATION, (up,), rows, width)
             h = self.elementwise(prefix + "gate", OpKind.MULTIPLY, (up, h), rows, width, 2)
         else:
-            up = self.linear(prefix + "up", x, rows, d, width, bias=bias)
+            up = self.layer_linear(prefix + "up", x, rows, d, width, bias=bias)
             h = self.elementwise(prefix + "activation", OpKind.ACTIVATION, (up,), rows, width)
         if model.sub_norms:
             h = self.norm("mlp_sub_norm", h, rows, width)
-        return self.linear(prefix + "down", h, rows, width, d, bias=bias)
+        return self.layer_linear(prefix + "down", h, rows, width, d, bias=bias)
 
     def moe_mlp(self, x: int | None) -> int:
         """Every routed expert is gated, as in all families that have experts."""

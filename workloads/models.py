@@ -146,6 +146,12 @@ class ModelConfig:
     """An RMSNorm over each head of Q and K."""
     sub_norms: bool = False
     """BitNet's norms before the attention output and the FFN down projections."""
+    weight_groups: int = 1
+    """Of sparse weights: each output of a layer's product reads one in so many of its inputs, those of its group.
+
+    Input c belongs to group c mod `weight_groups`. So do outputs that are heads or the MLP's inner columns; those
+    of the residual stream do side by side, in equal ranges, so that groups mix from one product to the next.
+    """
     causal: bool = True
     pooler: bool = False
     """A dense layer over the first token (BERT), counted as parameters and no part of the operator graph."""
@@ -188,12 +194,13 @@ class ModelConfig:
             router = self.composition.router.parameters
             return {part: self.composition.experts * n + router[part] for part, n in expert.items()}
         d, q, kv = self.d_model, self.q_dim, self.kv_dim
-        attention = d * (q + 2 * kv) + q * d
+        sparse = self.weight_groups
+        attention = (d * (q + 2 * kv) + q * d) // sparse
         attention += self.qkv_bias * (q + 2 * kv) + self.attention_out_bias * d
         up = 2 if self.gated_mlp else 1
 
         def ffn(width: int) -> int:
-            return (up + 1) * d * width + self.mlp_bias * (up * width + d)
+            return (up + 1) * d * width // sparse + self.mlp_bias * (up * width + d)
 
         moe = self.experts * (d + ffn(self.d_expert))
         if self.d_shared_expert:
@@ -691,7 +698,7 @@ def load_model(name_or_path: str | Path) -> ModelConfig:
     Anything that contains "/", ends in ".json" or exists is a path; but a built-in name stays one
     whatever lies in the current folder ("./gpt2-xl" is that folder). `rope_scaling` and `quantization_config`
     change values and not shapes, and are not read. Beside the published keys a file may give `head_dim` in
-    any family, `_source` and `_note`. A file of `model_type` composition holds no shape: it names built-in models.
+    any family, `weight_groups`, `_source` and `_note`. A file of `model_type` composition holds no shape: it names built-in models.
 
     Raises UserError for an unknown name or model_type, an unreadable file, invalid JSON, a missing shape key,
     or a value that is not allowed; the message names the file, the line and the key.
@@ -717,4 +724,13 @@ def load_model(name_or_path: str | Path) -> ModelConfig:
     experts, used = shape.get("experts", 0), shape.get("experts_per_token", 0)
     if used > experts:
         raise config.fail("num_experts_per_tok", f"must be at most the {experts} experts, not {used}")
-    return ModelConfig(name=name, family=config.family, source=source, **shape)
+    groups = config.whole_or(1, "weight_groups")
+    if groups > 1 and experts:
+        raise config.fail("weight_groups", "must be 1 in a mixture of experts, whose weights are dense here")
+    heads = shape["heads"], shape["kv_heads"]
+    for width in (shape["d_model"], *(n * shape["head_dim"] for n in heads), shape["d_ff"]):
+        if width % groups:
+            raise config.fail(
+                "weight_groups", f"must divide the layer's widths: {width} is no multiple of {groups}"
+            )
+    return ModelConfig(name=name, family=config.family, source=source, weight_groups=groups, **shape)

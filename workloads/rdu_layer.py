@@ -18,12 +18,15 @@ from tilewright.workloads.models import ModelConfig, Vision
 from tilewright.workloads.rdu_kernels import lane_op, reduce_tree, round_bf16, special
 
 __all__ = [
-    "LOWEST", "Layer", "activation", "attention", "cut", "image", "layer", "norm", "product", "rotary", "words",
+    "LOWEST", "Layer", "activation", "attention", "cut", "image", "layer", "members", "norm", "partial_products", "product",
+    "rotary", "there", "turns_of", "words",
 ]  # fmt: skip
 
 Words = NDArray[np.uint32]
 LOWEST = -1e30
 """What the score of a masked key is."""
+SPARSE = ("qkv", "attention_out", "gate", "up", "down")
+"""Products whose weights may be sparse."""
 QUICK_GELU = 1.702
 GELU_CUBIC = 0.044715
 GELU_SCALE = float(2 * np.sqrt(2 / np.pi))
@@ -75,6 +78,45 @@ def product(x: Words, w: Words) -> Words:
         term = formats.multiply(x[:, k, None] >> half, w[None, k] >> half, BF16, FP32).astype(np.uint32)
         total = term if k == 0 else _op("add", total, term)
     return total
+
+
+def members(columns: int, groups: int, turns: bool) -> NDArray[np.int64]:
+    """The group of each column: by turns, or in equal ranges."""
+    column = np.arange(columns)
+    return column % groups if turns else column // (columns // groups)
+
+
+def turns_of(name: str) -> tuple[bool, bool]:
+    """Whether the inputs of a product, and its outputs, belong to groups of weights by turns (`ModelConfig.weight_groups`)."""
+    return True, name not in ("attention_out", "down")
+
+
+def there(model: ModelConfig, name: str, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which weights of a layer's product, of a `shape` of inputs and outputs, there are."""
+    rows, columns = (members(n, model.weight_groups, t) for n, t in zip(shape, turns_of(name), strict=True))
+    return rows[:, None] == columns[None]
+
+
+def partial_products(
+    x: Words, w: Words, cuts: int, groups: int = 1, turns: tuple[bool, bool] = (True, True)
+) -> list[Words]:
+    """The products over `cuts` ranges of the columns of x; their sum is x w. Of sparse weights each output takes those
+    ranges only in which its group has columns."""
+    if groups == 1:
+        return [product(a, b) for a, b in zip(cut(x, cuts), np.split(w, cuts), strict=True)]
+    of_row, of_column = members(x.shape[1], groups, turns[0]), members(w.shape[1], groups, turns[1])
+    ranges = np.array_split(np.arange(x.shape[1]), cuts)
+    found = []
+    for j in range(groups):
+        mine = [own for r in ranges if len(own := r[of_row[r] == j])]
+        found.append([product(x[:, own], w[own][:, of_column == j]) for own in mine])
+    out = []
+    for some in zip(*found, strict=True):
+        whole = np.zeros((len(x), w.shape[1]), np.uint32)
+        for j, part in enumerate(some):
+            whole[:, of_column == j] = part
+        out.append(whole)
+    return out
 
 
 def norm(
@@ -183,7 +225,8 @@ def layer(
         return norm(a, w[f"{name}.gain"], w.get(f"{name}.bias"), m.norm_eps, counts, how.parts, how.inputs)
 
     def linear(name: str, a: Words, parts: int) -> Words:
-        sums = [product(b, v) for b, v in zip(cut(a, parts), np.split(w[name], parts), strict=True)]
+        sparse = m.weight_groups if name in SPARSE else 1
+        sums = partial_products(a, w[name], parts, sparse, turns_of(name))
         if f"{name}.bias" in w:
             sums.append(np.broadcast_to(w[f"{name}.bias"], sums[0].shape))
         return round_bf16(join("add", sums, how.inputs))

@@ -28,8 +28,11 @@ from tilewright.workloads.rdu_layer import (
     fold,
     join,
     norm,
+    partial_products,
     product,
     rotary,
+    there,
+    turns_of,
 )
 
 __all__ = [
@@ -55,10 +58,11 @@ class Cuts:
     lanes: int = 16
 
 
-def product_dx(dy: Words, w: Words, cuts: int = 1, inputs: int = 4) -> Words:
-    """The gradient of x in y = x w: dy w^T, uint32[rows, k]."""
-    sums = [product(a, b) for a, b in zip(cut(dy, cuts), np.split(w.T, cuts), strict=True)]
-    return round_bf16(join("add", sums, inputs))
+def product_dx(
+    dy: Words, w: Words, cuts: int = 1, inputs: int = 4, groups: int = 1, turns: tuple[bool, bool] = (True, True)
+) -> Words:  # fmt: skip
+    """The gradient of x in y = x w: dy w^T, uint32[rows, k]. Of sparse weights as `rdu_layer.partial_products`."""
+    return round_bf16(join("add", partial_products(dy, w.T, cuts, groups, turns), inputs))
 
 
 def product_dw(x: Words, dy: Words) -> Words:
@@ -261,10 +265,10 @@ def gradients(
         return norm(a, w[f"{name}.gain"], w.get(f"{name}.bias"), m.norm_eps, counts)
 
     def linear(name: str, a: Words) -> Words:
-        parts = [product(a, w[name])]
+        parts = partial_products(a, w[name], cuts.depths.get(name, 1), m.weight_groups, turns_of(name))
         if f"{name}.bias" in w:
             parts.append(np.broadcast_to(w[f"{name}.bias"], parts[0].shape))
-        return round_bf16(_fold("add", parts))
+        return round_bf16(join("add", parts, cuts.inputs))
 
     def add(*parts: Words) -> Words:
         return round_bf16(_fold("add", parts))
@@ -292,7 +296,8 @@ def gradients(
     at["z"] = add(at["y"], linear("down", at["f"]))
 
     def back(name: str, dy: Words) -> Words:
-        return product_dx(dy, w[name], cuts.depths.get(f"{name}_dx", 1), cuts.inputs)
+        depths = cuts.depths.get(f"{name}_dx", 1)
+        return product_dx(dy, w[name], depths, cuts.inputs, m.weight_groups, turns_of(name)[::-1])
 
     def unnormed(name: str, a: Words, dy: Words) -> tuple[Words, Words]:
         return norm_dx(a, dy, w[f"{name}.gain"], m.norm_eps, m.norm == "layernorm", counts)
@@ -317,6 +322,8 @@ def gradients(
     pairs |= {"gate": ("h2", "dgate")} if m.gated_mlp else {}
     at["dz"] = dz
     found = {name: product_dw(at[a], at[b]) for name, (a, b) in pairs.items()}
+    if m.weight_groups > 1:
+        found = {name: np.where(there(m, name, g.shape), g, np.uint32(0)) for name, g in found.items()}
     found["attention_norm"] = column_sum(products, cuts.lanes)
     found["mlp_norm"] = column_sum(mlp_products, cuts.lanes)
     sums = {name: at[b] for name, (_, b) in pairs.items()} | {"attention_norm": dh, "mlp_norm": dh2}

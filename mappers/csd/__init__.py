@@ -80,6 +80,8 @@ def _check_model(model: ModelConfig, tokens: int) -> None:
         )
     if model.position == "alibi":
         raise UserError(f"{model.name}: target csd has no ALiBi biases in its attention")
+    if model.weight_groups > 1:
+        raise UserError(f"{model.name}: target csd does not support sparse weights")
     windows = [w for layer in range(model.layers) if (w := model.window(layer)) is not None]
     if windows and min(windows) < tokens:
         raise UserError(

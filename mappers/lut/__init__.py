@@ -44,6 +44,8 @@ def map_model(
     """
     if model.experts:
         raise UserError(f"{model.name}: target lut does not support mixtures of experts")
+    if model.weight_groups > 1:
+        raise UserError(f"{model.name}: target lut does not support sparse weights")
     total = scenario.context + scenario.prompt + scenario.generate
     beyond = model.positions is not None and model.position == "rotary" and total > model.positions
     notes = []

@@ -50,6 +50,7 @@ def check_model(model: ModelConfig, tokens: int) -> None:
     unsupported = {
         "encoders": not model.causal,
         "mixtures of experts": model.experts > 0,
+        "sparse weights": model.weight_groups > 1,
         "ALiBi positions": model.position == "alibi",
         "parallel attention and MLP": model.parallel_attention,
         "norms behind the residual addition": model.post_norm,

@@ -308,6 +308,10 @@ class _Mapper:
         self.images: int = document.get("images", 0)
         if model.sub_norms or model.qk_norm:
             raise UserError(f"{model.name}: target rdu does not support norms within attention and MLP")
+        if model.weight_groups > 1 and scenario.generate:
+            raise UserError(
+                f"{model.name}: target rdu does not decode with sparse weights; allowed: prompts and training (--generate 0)"
+            )
         if not spec.pcu.systolic and scenario.prompt:
             raise UserError("a prompt needs systolic arrays (pcu.systolic); this machine has none")
         self.spec, self.model, self.scenario, self.document = spec, model, scenario, document

@@ -63,11 +63,12 @@ def activation_stages(activation: str, gated: bool) -> tuple[list[dict[str, Any]
 
 def has_bias(model: ModelConfig, name: str) -> bool:
     """Whether a product of the model adds a bias."""
+    if name.endswith("_dx"):  # of a gradient
+        return False
     return {
         "qkv": model.qkv_bias,
         "attention_out": model.attention_out_bias,
         "lm_head": False,
-        "lm_head_dx": False,
         "router": False,
         "patches": False,
     }.get(name, model.mlp_bias)

@@ -1,6 +1,7 @@
 """Operators over blocks of rows, a prompt's or a training step's, as stages of one section."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tilewright.mappers.rdu.pieces import (
     weighted,
     weights_of,
 )
+from tilewright.mappers.rdu.sparse import Range, Term, back_in_order, groups_of, terms
 from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 
 __all__ = ["Rows"]
@@ -65,6 +67,8 @@ class Rows:
         self.keys, self.pitch, self.context, self.window = keys, pitch or keys, context, window
         self.line = Pipeline(params, groups=tiles.groups, blocks=tiles.blocks)
         self.at: dict[str, Matrix] = {}
+        self.places: dict[str, list[tuple[int, int]]] = {}
+        """Of matrices of which some flows have rows of their own: the first row and column of each."""
 
     DIRECT: tuple[str, ...] = ()
     """Kinds of operators that load what they read themselves."""
@@ -80,18 +84,36 @@ class Rows:
         depth, columns = self.columns(op.reads[0]), self.columns(op.writes[0])
         parts = 1 if op.reads[0] == "a" else self.parts(depth)
         outs = 1 if op.writes[0] == "qkv" else self.parts(columns)
-        return self._demand(op.name, depth // parts, ceil_div(columns // outs, self.p.stages), outs * parts)
+        ranges = [Range(i, 0, i * (depth // parts), depth // parts) for i in range(parts)]
+        return self._demand(op, ranges, outs)
 
-    def _demand(self, name: str, depth: int, strips: int, pieces: int, grain: int = 1) -> tuple[Demand, int]:
-        """Each of `pieces` products of `depth` has `strips` of `grain` strips."""
+    def _demand(self, op: Op, ranges: Sequence[Range], outs: int, grain: int = 1) -> tuple[Demand, int]:
+        """Of a product whose input comes in `ranges`, and whose result is given in `outs` parts, in strips of `grain`
+        strips."""
+        products = self._terms(op, ranges, outs, 0)
+        one = products[0][0]
+        pieces = outs * len(products) * len(products[0])
+        strips = ceil_div(one.y.count, self.p.stages * grain)
+        return self._shares(op.name, one.x.count, strips, pieces, grain, len(products[0]))
+
+    def _shares(
+        self, name: str, depth: int, strips: int, pieces: int, grain: int = 1, together: int = 1
+    ) -> tuple[Demand, int]:
+        """Each of `pieces` products of `depth` has `strips` of `grain` strips; the results of so many come `together`."""
         most = self.held(depth, grain)  # that a PMU holds
         if not most:
             raise UserError(f"{name}: {depth} rows of {self.p.stages * grain} columns are too many for a PMU")
         least = ceil_div(strips, most)
         return Demand(
             name, "pcu", strips * pieces, depth * grain * self.tiles.blocks, least=least * pieces,
-            most=min(strips, max(least, MEETING)) * pieces,
+            most=min(strips, max(least, MEETING // together)) * pieces,
         ), pieces  # fmt: skip
+
+    def _terms(self, op: Op, ranges: Sequence[Range], outs: int, out: int) -> list[list[Term]]:
+        """The products of part `out` of the result of `op`, of `outs` parts; its input comes in `ranges`."""
+        depth, columns = self.columns(op.reads[0]), self.columns(op.writes[0])
+        width = columns // outs
+        return terms(op.name, groups_of(self.model, op), depth, ranges, columns, out * width, width)
 
     def held(self, depth: int, grain: int = 1) -> int:
         """Strips of a product's weights, `grain` at a time, that a memory unit holds."""
@@ -143,7 +165,9 @@ class Rows:
         room = self.line.capacity // (self.line.buffers * self.p.lanes)
         depth = self.line.capacity // self.p.stages  # rows of a strip of weights
         parts = ceil_div(columns, min(room, depth))
-        while columns % parts:
+        groups = self.model.weight_groups
+        step = 1 if columns % groups else groups  # as many columns of each group
+        while columns % (parts * step) or (step % parts and parts % step):
             parts += 1
         return parts
 
@@ -170,8 +194,12 @@ class Rows:
 
     def _store(self, tensor: str, matrix: Matrix) -> None:
         column = self.p.lanes * BF16_BYTES
-        columns = sum(f.columns for f in matrix)
+        places = self.places.get(tensor) or [
+            (0, at) for at in accumulate((f.columns for f in matrix[:-1]), initial=0)
+        ]
+        columns = sum(f.columns for f in matrix) // len({row for row, _ in places})
         for i, flow in enumerate(matrix):
+            first_row, first_column = places[i]
             out = (
                 self.line.read(f"{tensor}.out{i}", "store", flow)
                 if flow.merged or flow.each != flow.columns
@@ -190,7 +218,9 @@ class Rows:
                 "store",
                 out,
                 tensor,
-                offset=i * flow.columns * column * (1 + self.words(tensor)),
+                offset=(first_row // self.p.lanes * columns + first_column)
+                * column
+                * (1 + self.words(tensor)),
                 row=columns * column * (1 + self.words(tensor)),
                 words=self.words(tensor),
             )
@@ -321,30 +351,49 @@ class Rows:
         self.at[op.writes[0]] = out
 
     def _product(self, op: Op) -> None:
-        """A matrix product with resident weights; partial sums over ranges of its depth are added, and a bias."""
+        """A matrix product with resident weights; partial sums over ranges of its depth are added, and a bias.
+
+        Of sparse weights that of each group by itself.
+        """
         line, name = self.line, op.name
         x = self.at[op.reads[0]]
         columns = self.columns(op.writes[0])
         outs = 1 if op.writes[0] == "qkv" else self.parts(columns)
-        biased = has_bias(self.model, name)
-        whole = len(x) == 1 and not biased
+        biased, groups = has_bias(self.model, name), groups_of(self.model, op)
+        firsts = accumulate((part.columns for part in x), initial=0)
+        ranges = [Range(i, 0, at, part.columns) for i, (part, at) in enumerate(zip(x, firsts, strict=False))]
         result = []
         for o in range(outs):
             n = columns // outs
-            each, units = self.split(name, ceil_div(n, self.p.stages), outs * len(x))
+            products = self._terms(op, ranges, outs, o)
+            whole = len(products) == 1 and not biased
+            pieces = outs * len(products) * len(products[0])
+            each, units = self.split(name, ceil_div(products[0][0].y.count, self.p.stages), pieces)
+            pitch = self._pitch(products[0], each)
             sums = []
-            for i, part in enumerate(x):
-                # Each product has its own copy of the rows, which it can hold back.
-                at = f"{name}.{o}.{i}"
-                r = line.read(f"{at}.x", name, part, [(part.columns, 1), (each, 0)])
-                w = self._weights(op, at, (i * part.columns, o * n), part.columns, n, each, units)
-                sums.append(line.product(at, name, r, part.columns, each, w, n, rounded=whole))
+            for some in products:
+                flows = []
+                for k, t in enumerate(some):
+                    # Each product has its own copy of the rows, which it can hold back.
+                    at = f"{name}.{o}.{t.source.part}" + (f".{t.x.group}" if groups > 1 else "")
+                    r = line.read(
+                        f"{at}.x", name, x[t.source.part], [(t.x.count, t.x.step), (each, 0)], first=t.x.first
+                    )
+                    w = self._weights(op, at, t, each, units)
+                    flows.append(
+                        line.product(
+                            at, name, r, t.x.count, each, w, t.y.count, rounded=whole, sequence=k * pitch
+                        )
+                    )
+                sums.append(Flow.of(flows, len(flows) * pitch))
+            order = back_in_order(name, len(products[0]), products[0][0].y.count, pitch)
             if whole:
-                if self.share.sockets > 1 or op.writes[0] == "qkv":  # several read it: many streams end here
-                    sums = [line.read(f"{name}.{o}.all", name, f, [(n, 1)]) for f in sums if f.merged] or sums
+                if self.share.sockets > 1 or groups > 1 or op.writes[0] == "qkv":
+                    # Several read it: many streams end here.
+                    sums = [line.read(f"{name}.{o}.all", name, f, order) for f in sums if f.merged] or sums
                 result += sums
                 continue
-            flows = [line.read(f"{name}.{o}.sum{i}", name, f, [(n, 1)]) for i, f in enumerate(sums)]
+            flows = [line.read(f"{name}.{o}.sum{i}", name, f, order) for i, f in enumerate(sums)]
             if biased:
                 flows.append(
                     line.broadcast(f"{name}.bias{o}", name, f"{name}.bias", n, offset=o * n * BF16_BYTES)
@@ -363,12 +412,14 @@ class Rows:
             )
         self.at[op.writes[0]] = result
 
-    def _weights(
-        self, op: Op, at: str, first: tuple[int, int], depth: int, columns: int, strips: int, units: int
-    ) -> list[list[str]]:  # fmt: skip
-        """Memory units with the weights of a piece of a product, whose rows and columns begin at `first`."""
+    def _pitch(self, some: Sequence[Term], strips: int) -> int:
+        """Columns from one group's results to the next one's, where they meet: a single unit may give more than there are."""
+        return max(some[0].y.count, strips * self.p.stages)
+
+    def _weights(self, op: Op, at: str, term: Term, strips: int, units: int) -> list[list[str]]:
+        """Memory units with the weights of a product."""
         tensor = f"{at}.w" if op.slot is None else f"{weights_of(op)}.{at}.w"
-        return self.line.weights(at, op.name, tensor, depth, strips, units, self.tiles.gates)
+        return self.line.weights(at, op.name, tensor, term.x.count, strips, units, self.tiles.gates)
 
     def _positions(self, op: Op) -> None:
         """Rotary positions where the model has them; keys and values go to the cache."""
@@ -397,7 +448,7 @@ class Rows:
         strips, wide = ceil_div(width, c), ceil_div(dim, c)
         q = self._whole(self.at[op.reads[0]])
         keys, values = self._cache(name, width)
-        sources, readers = [], []
+        outs = []
         for h in range(s.heads):
             own = h * s.kv_heads // s.heads
             mine = sum(i * s.kv_heads // s.heads == own for i in range(h)) * line.groups  # its copies
@@ -456,16 +507,8 @@ class Rows:
                 [*self._joined(n, to=4 + n), stage("multiply", 4 + n, n, 4)], dim, result=4, round=1,
                 sequence=h * dim if s.heads > 1 else 0,
             )  # fmt: skip
-            sources.append(final.sources)
-            readers.append(final.readers)
-        self.at[op.writes[0]] = [
-            Flow(
-                s.q_dim,
-                tuple(tuple(src[g][0] for src in sources) for g in range(line.groups)),
-                dim,
-                tuple(tuple(n for r in readers for n in r[g]) for g in range(line.groups)),
-            )
-        ]
+            outs.append(final)
+        self.at[op.writes[0]] = [Flow.of(outs, s.q_dim)]
 
     def _fewer(self, name: str, tag: str, flows: list[Flow], packets: int) -> list[Flow]:
         out = []

@@ -108,6 +108,20 @@ class Flow:
         """Whether sequence ids tell the columns."""
         return len(self.sources[0]) > 1
 
+    @classmethod
+    def of(cls, flows: "Sequence[Flow]", columns: int) -> "Flow":
+        """A matrix of which each flow has some columns, with sequence ids that tell which."""
+        if len(flows) == 1:
+            return flows[0]
+        sources, readers = (
+            tuple(
+                tuple(dict.fromkeys(n for given in some if given for n in given[g]))
+                for g in range(len(some[0]))
+            )
+            for some in ([f.sources for f in flows], [f.readers for f in flows])
+        )
+        return cls(columns, sources, flows[0].each, readers)
+
 
 @dataclass
 class _Unit:
@@ -706,8 +720,10 @@ class Pipeline:
         columns: int,
         *,
         rounded: bool = True,
+        sequence: int = 0,
     ) -> Flow:
-        """A matrix product on systolic arrays: each unit multiplies the block with `strips` strips of columns.
+        """A matrix product on systolic arrays: each unit multiplies the block with `strips` strips of columns, whose
+        sequence ids count from `sequence` on.
 
         `x` is read depth x strips times a block; `weights[g]` are memory units, one for each unit of group g, whose
         streams hold the strips in order, of the columns from `first_column` on. (If they were shared by groups, streams
@@ -721,7 +737,7 @@ class Pipeline:
                 unit = self.unit(
                     f"{name}.{g}.{j}", "pcu", tag, mode="systolic", vectors=3, round=int(rounded),
                     count0=depth, count1=strips, count2=self.blocks, fold_level=1,
-                    sequence=first_column(j, len(weights[g]), strips * c, columns),
+                    sequence=sequence + first_column(j, len(weights[g]), strips * c, columns),
                 )  # fmt: skip
                 self.feed(x.sources[g][0], unit, 0)
                 self.feed(weight, unit, 1)
@@ -849,9 +865,10 @@ class Pipeline:
 
     def striped(
         self, name: str, tag: str, tensor: str, *, shape: tuple[int, int], first: tuple[int, int], depth: int,
-        columns: int, strips: int, units: int, gates: int,
+        columns: int, strips: int, units: int, gates: int, apart: int = 1,
     ) -> list[list[str]]:  # fmt: skip
-        """`weights` from a matrix of `shape` that lies as `load` finds it, of `depth` rows and `columns` columns from `first`.
+        """`weights` from a matrix of `shape` that lies as `load` finds it, of `depth` rows and `columns` columns from `first`,
+        which are so far `apart`.
 
         Rows come side by side, a packet of them for each column; the array takes columns side by side. So what is written
         goes across the banks, a diagonal stripe.
@@ -867,8 +884,8 @@ class Pipeline:
         fields = {"skew_bits": bits, "skew_shift": row.bit_length() - 1, "write_lane_stride": row}
         fields |= self.chain(name, "read_", [(depth, row), (strips, c), (self.blocks, 0)])
         column = lanes * BF16_BYTES
-        steps = [(own, column), (depth // lanes, shape[1] * column)]
-        at = [first[1] + first_column(j, units, width, columns) for j in range(units)]
+        steps = [(own, apart * column), (depth // lanes, shape[1] * column)]
+        at = [first[1] + apart * first_column(j, units, width, columns) for j in range(units)]
         offsets = [(first[0] // lanes * shape[1] + k) * column for k in at]
         return self._filled(name, tag, tensor, depth * row, loops, steps, offsets, fields, gates)
 
@@ -932,18 +949,22 @@ class Pipeline:
                     self.work[unit] = prod(fields[f"read_count{n}"] for n in range(3))
         return names
 
-    def transposed(self, name: str, tag: str, tensor: str, *, rows: int, columns: int, strips: int) -> Flow:
+    def transposed(
+        self, name: str, tag: str, tensor: str, *, rows: int, columns: int, strips: int, first: int = 0, step: int = 1,
+        count: int | None = None,
+    ) -> Flow:  # fmt: skip
         """A matrix's transpose as `product` takes it, `strips` times a block: blocks of its columns, one packet for each of
-        its `rows`.
+        its `rows`. Of the columns only `count` are taken, from `first` on, each `step`-th.
 
         A block's columns come a packet each for some rows, and leave as rows: the buffer is a diagonal stripe.
         """
         lanes = self.p.lanes
-        if rows % lanes or columns % lanes:
-            raise UserError(f"{tensor}: {rows} rows of {columns} columns are no whole vectors of {lanes}")
+        taken = columns if count is None else count
+        if rows % lanes or taken % lanes:
+            raise UserError(f"{tensor}: {rows} rows of {taken} columns are no whole vectors of {lanes}")
         size = rows * lanes
         slot = 1 << (size - 1).bit_length()
-        count = self.p.banks.bit_length() - 1
+        bank_bits = self.p.banks.bit_length() - 1
         apart = self.buffers > 1 and lanes <= self.p.banks // 2 and self.buffers * slot <= self.capacity
         if not apart:
             slot = size
@@ -952,16 +973,20 @@ class Pipeline:
                 f"buffer {name}: {self.buffers} x {rows} rows of {lanes} columns are more than the {self.capacity} words of "
                 "a PMU"
             )
-        bits = {f"bank_bit{count - 1}": slot.bit_length() - 1} if apart else {}
+        bits = {f"bank_bit{bank_bits - 1}": slot.bit_length() - 1} if apart else {}
         shift = lanes.bit_length() - 1
         column = lanes * BF16_BYTES
         steps = [
-            (lanes, column),
+            (lanes, step * column),
             (rows // lanes, columns * column),
-            (self.blocks, self.groups * lanes * column),
+            (self.blocks, self.groups * lanes * step * column),
         ]
         gates = tuple(
-            (self.gate(f"{name}.in.{g}", tag, "load", "hbm", tensor, g * lanes * column, steps),)
+            (
+                self.gate(
+                    f"{name}.in.{g}", tag, "load", "hbm", tensor, (first + g * lanes * step) * column, steps
+                ),
+            )
             for g in range(self.groups)
         )
         flow = self.admitted(name, tag, Flow(rows, gates, rows, gates))
@@ -970,7 +995,7 @@ class Pipeline:
         for g in range(self.groups):
             unit = self.unit(
                 f"{name}.{g}", "pmu", tag, enable=3, words=self.buffers * slot, **bits,
-                skew_bits=min(count - apart, shift), skew_shift=shift,
+                skew_bits=min(bank_bits - apart, shift), skew_shift=shift,
                 **self.chain(name, "write_", [*write, *self._rounds(slot)]), write_lane_stride=lanes,
                 **self.chain(name, "read_", [*read, *self._rounds(slot)]),
                 write_wait_level=len(write), write_signal_level=len(write),

@@ -7,6 +7,8 @@ x, which a diagonal stripe turns, by the gradient of y, which stays in memory un
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from math import lcm
 from typing import Any
 
@@ -16,8 +18,20 @@ from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import RduParams
 from tilewright.mappers.rdu.allocate import Demand
 from tilewright.mappers.rdu.layer import Op, Share, layer_operators, summed
-from tilewright.mappers.rdu.pieces import GELU_CUBIC, GELU_SCALE, LOWEST, cached
+from tilewright.mappers.rdu.pieces import GELU_CUBIC, GELU_SCALE, LOWEST, cached, has_bias
 from tilewright.mappers.rdu.rows import Rows
+from tilewright.mappers.rdu.sparse import (
+    BACK,
+    GRADIENT,
+    SPARSE,
+    TO_STREAM,
+    Piece,
+    Range,
+    Term,
+    back_in_order,
+    groups_of,
+    pieces,
+)
 from tilewright.mappers.rdu.stages import BF16_BYTES, Flow, Pipeline, ceil_div, constant, stage
 from tilewright.workloads.models import ModelConfig
 
@@ -70,8 +84,17 @@ def check(share: Share, p: RduParams, whole: bool = True) -> None:
     ):  # fmt: skip
         if there:
             raise UserError(f"{model.name}: target rdu does not train {what}")
+    groups = model.weight_groups
+    for what, n in (("heads", share.q_dim), ("the MLP", share.inner)):
+        if n % groups:
+            raise UserError(
+                f"{model.name}: {n} columns of {what} on a socket are no multiple of {groups} groups of weights"
+            )
     for name in (*parameters(model), *(end_parameters(model) if whole else ())):
-        for n, what in zip(shape(share, name, p), ("rows", "columns"), strict=True):
+        rows, columns = shape(share, name, p)
+        if groups > 1 and name in SPARSE:  # a group's columns need not be whole vectors
+            rows, columns = rows // groups, 0
+        for n, what in ((rows, "rows"), (columns, "columns")):
             if name not in NORMS and not name.endswith(BIAS) and n % lanes:
                 raise UserError(
                     f"{model.name}: {n} {what} of {name} on a socket are no multiple of the {lanes} lanes, as training needs"
@@ -80,7 +103,15 @@ def check(share: Share, p: RduParams, whole: bool = True) -> None:
 
 def forward(model: ModelConfig, sockets: int = 1) -> list[Op]:
     """The operators of a layer, from matrix `x` to matrix `z`."""
-    return layer_operators(model, sockets)
+    return [_as_stored(model, op) for op in layer_operators(model, sockets)]
+
+
+def _as_stored(model: ModelConfig, op: Op) -> Op:
+    """A product as its weights lie: sparse ones have the residual stream's side as rows, so that some are transposed."""
+    kinds = {"product": "product_dx", "product_dx": "product"}
+    if model.weight_groups > 1 and op.name.removesuffix(BACK) in TO_STREAM:
+        return replace(op, kind=kinds[op.kind])
+    return op
 
 
 def backward(model: ModelConfig, sockets: int = 1) -> list[list[Op]]:
@@ -111,7 +142,7 @@ def backward(model: ModelConfig, sockets: int = 1) -> list[list[Op]]:
         Op("mlp_norm_dx", "norm_dx", ("y", "dh2"), ("dn2", "mlp_norm.products")),
         Op("mlp_add_dx", "add", ("dz", "dn2"), ("dy",)),
     ]
-    return [
+    groups = [
         [
             *mlp,
             Op("attention_out_dx", "product_dx", ("dy",), ("da",)),
@@ -125,6 +156,7 @@ def backward(model: ModelConfig, sockets: int = 1) -> list[list[Op]]:
             Op("attention_add_dx", "add", ("dy", "dn"), ("dx",)),
         ],
     ]
+    return [[_as_stored(model, op) for op in some] for some in groups]
 
 
 def weight_gradients(model: ModelConfig) -> list[Op]:
@@ -137,6 +169,8 @@ def weight_gradients(model: ModelConfig) -> list[Op]:
         f"{name}{BIAS}": {"attention_norm": "dh", "mlp_norm": "dh2"}.get(name) or inputs[name][1]
         for name in biased(model)
     }
+    if model.weight_groups > 1:  # as their weights lie
+        inputs |= {name: inputs[name][::-1] for name in TO_STREAM}
     return [Op(f"{name}_dw", "product_dw", pair, (f"{name}.grad",)) for name, pair in inputs.items()] + [
         Op(f"{name}_dw", "column_sum", (of,), (f"{name}.grad",)) for name, of in sums.items()
     ]
@@ -231,24 +265,35 @@ def optimizer(name: str, gradient: str = "grad") -> list[Op]:
 
 def shape(share: Share, name: str, p: RduParams) -> tuple[int, int]:
     """Rows and columns of a weight on a socket; of a gain or bias, as many columns of a vector's lanes as it takes."""
+    d = share.model.d_model
     if name.endswith(BIAS):
         of = name.removesuffix(BIAS)
-        return p.lanes, (share.model.d_model if of in NORMS else shape(share, of, p)[1]) // p.lanes
-    d, q, inner = share.model.d_model, share.q_dim, share.inner
+        return p.lanes, (d if of in NORMS else _widths(share, of)[1]) // p.lanes
     if name in ("lm_head", "embedding", "tied"):
         return vocabulary(share, p), d
     if name == "positions":
         return ceil_div(share.model.positions or 0, p.lanes) * p.lanes, d
+    if name in NORMS:
+        return p.lanes, d // p.lanes
+    rows, columns = _widths(share, name)
+    if (groups := share.model.weight_groups) > 1:
+        return d, (rows if name in TO_STREAM else columns) // groups
+    return rows, columns
+
+
+def _widths(share: Share, name: str) -> tuple[int, int]:
+    """Columns of the input and of the result of a layer's product on a socket."""
+    d, q, inner = share.model.d_model, share.q_dim, share.inner
     return {
-        **dict.fromkeys(NORMS, (p.lanes, d // p.lanes)),
         "qkv": (d, q + 2 * share.kv_dim), "attention_out": (q, d), "gate": (d, inner), "up": (d, inner), "down": (inner, d),
     }[name]  # fmt: skip
 
 
 def gradient_shape(share: Share, op: Op, tokens: int, p: RduParams) -> tuple[int, int]:
-    """Rows and columns of what an operator gives for a weight: of learned positions, only those that there are."""
-    rows, columns = shape(share, op.name.removesuffix("_dw"), p)
-    return (tokens if op.name == "positions_dw" else rows), columns
+    """Rows and columns over which an operator gives a weight's gradient: of learned positions, only those that there are;
+    of sparse weights all groups side by side."""
+    rows, columns = shape(share, op.name.removesuffix(GRADIENT), p)
+    return (tokens if op.name == "positions_dw" else rows // groups_of(share.model, op)), columns
 
 
 def biased(model: ModelConfig) -> list[str]:
@@ -355,66 +400,90 @@ class Training(Rows):
     def demand(self, op: Op) -> tuple[Demand, int] | None:
         """As of `Rows`, and for the products of gradients."""
         if op.kind == "product_dx":
-            columns = self.columns(op.writes[0])
-            outs, (depth, cuts) = self.parts(columns), self._cuts(op)
-            strips = ceil_div(columns // outs, self.p.stages * self.grain)
-            return self._demand(op.name, depth, strips, outs * cuts, self.grain)
+            outs = self.parts(self.columns(op.writes[0]))
+            return self._demand(op, self._ranges(op), outs, self.grain)
         if op.kind in ("product_dw", "embedding_dw"):
-            columns = self.columns(op.writes[0])
+            groups = groups_of(self.model, op)
+            columns = self.columns(op.reads[-1]) // groups
             outs = self.parts(columns)
-            return self._demand(op.name, self.keys, ceil_div(columns // outs, self.p.stages), outs)
+            strips = ceil_div(columns // outs, self.p.stages)
+            return self._shares(op.name, self.keys, strips, outs * groups)
         return super().demand(op)
 
-    def _cuts(self, op: Op) -> tuple[int, int]:
-        """Depth of a part of the gradient's product, and parts: each flow in equal ranges that memory units hold."""
-        columns = self.columns(op.reads[0])
+    def _ranges(self, op: Op) -> list[Range]:
+        """The input of a gradient's product: each flow in equal ranges, of which memory units hold the weights."""
+        columns, groups = self.columns(op.reads[0]), groups_of(self.model, op)
         flows = len(self.at[op.reads[0]]) if op.reads[0] in self.at else self.parts(columns)
         if op.reads[0] == "dqkv":
             flows = 3
         own = columns // flows
         cuts = 1
-        while own % cuts or not self.held(own // cuts, self.grain):
+        while own % (cuts * groups) or not self.held(own // cuts // groups, self.grain):
             cuts += 1
             if cuts > own:
                 raise UserError(f"{op.name}: no {self.grain} strips fit a PMU")
-        return own // cuts, cuts * flows
+        each = own // cuts
+        given = [f.columns for f in self.at.get(op.reads[0], ())] or [own] * flows
+        firsts = accumulate(given, initial=0)
+        return [
+            Range(i, inside, first + inside, each)
+            for i, (width, first) in enumerate(zip(given, firsts, strict=False))
+            for inside in range(0, width, each)
+        ]
 
-    def _weights(
-        self, op: Op, at: str, first: tuple[int, int], depth: int, columns: int, strips: int, units: int
-    ) -> list[list[str]]:  # fmt: skip
-        of = op.name.removesuffix("_dx")  # the head's gradient takes its weight as it is
+    def _weights(self, op: Op, at: str, term: Term, strips: int, units: int) -> list[list[str]]:
+        of = op.name.removesuffix(BACK)  # the head's gradient takes its weight as it is
+        first = self._row(op.reads[0], op, term.x), term.y.at
         return self.line.striped(
-            at, op.name, f"{of}.w", shape=shape(self.share, of, self.p), first=first, depth=depth, columns=columns,
-            strips=strips, units=units, gates=self.tiles.gates,
+            at, op.name, f"{of}.w", shape=shape(self.share, of, self.p), first=first, depth=term.x.count,
+            columns=term.y.count, strips=strips, units=units, gates=self.tiles.gates,
         )  # fmt: skip
 
+    def _row(self, tensor: str, op: Op, piece: Piece) -> int:
+        """The first row of an operator's weights that belongs to a piece of a matrix."""
+        return piece.group * (self.columns(tensor) // groups_of(self.model, op)) + piece.at
+
     def _product_dx(self, op: Op) -> None:
-        """The gradient of a product's input: the gradient of its result by the transposed weights."""
+        """A product with the transposed weights: the gradient of a product's input, by that of its result; or a product
+        whose weights lie transposed, and a bias."""
         line, name = self.line, op.name
-        weight = name.removesuffix("_dx")
+        weight = name.removesuffix(BACK)
         dy = self.at[op.reads[0]]
         columns = self.columns(op.writes[0])
-        outs = self.parts(columns)
-        own, pieces = self._cuts(op)
+        outs, groups = self.parts(columns), groups_of(self.model, op)
+        ranges = self._ranges(op)
         result = []
         for o in range(outs):
             n = columns // outs
-            size = self.p.stages * self.grain
-            each, units = self.split(name, ceil_div(n, size), outs * pieces)
-            each = min(each * self.grain, ceil_div(n, self.p.stages))  # a single unit may have fewer
+            products = self._terms(op, ranges, outs, o)
+            size, wide = self.p.stages * self.grain, products[0][0].y.count
+            each, units = self.split(name, ceil_div(wide, size), outs * len(products) * len(products[0]))
+            each = min(each * self.grain, ceil_div(wide, self.p.stages))  # a single unit may have fewer
+            pitch = self._pitch(products[0], each)
+            order = back_in_order(name, len(products[0]), wide, pitch)
             sums = []
-            base = 0
-            for i, part in enumerate(dy):
-                for first in range(0, part.columns, own):
-                    at = f"{name}.{o}.{i}.{first}"
-                    r = line.read(f"{at}.x", name, part, [(own, 1), (each, 0)], first=first)
-                    w = line.across(
-                        at, name, f"{weight}.w", shape=shape(self.share, weight, self.p), first=(o * n, base + first), depth=own,
-                        columns=n, strips=each, units=units, gates=self.tiles.gates,
+            for some in products:
+                flows, ats = [], []
+                for k, t in enumerate(some):
+                    source = t.source
+                    at = f"{name}.{o}.{source.part}.{source.inside}" + (f".{t.x.group}" if groups > 1 else "")
+                    r = line.read(
+                        f"{at}.x", name, dy[source.part], [(t.x.count, t.x.step), (each, 0)], first=source.inside + t.x.first
                     )  # fmt: skip
-                    flow = line.product(at, name, r, own, each, w, n, rounded=False)
-                    sums.append(line.read(f"{at}.sum", name, flow, [(n, 1)]))
-                base += part.columns
+                    w = line.across(
+                        at, name, f"{weight}.w", shape=shape(self.share, weight, self.p),
+                        first=(self._row(op.writes[0], op, t.y), t.x.at), depth=t.x.count, columns=wide, strips=each,
+                        units=units, gates=self.tiles.gates,
+                    )  # fmt: skip
+                    flows.append(
+                        line.product(at, name, r, t.x.count, each, w, wide, rounded=False, sequence=k * pitch)
+                    )
+                    ats.append(at)
+                sums.append(line.read(f"{ats[0]}.sum", name, Flow.of(flows, len(flows) * pitch), order))
+            if has_bias(self.model, name):
+                sums.append(
+                    line.broadcast(f"{name}.bias{o}", name, f"{name}.bias", n, offset=o * n * BF16_BYTES)
+                )
             flows = self._total(f"{name}.{o}", name, sums, packets=n)
             result.append(
                 line.simd(
@@ -424,14 +493,30 @@ class Training(Rows):
         self.at[op.writes[0]] = result
 
     def _product_dw(self, op: Op) -> None:
-        """The gradient of a weight: blocks are of its rows, sums over all tokens."""
+        """The gradient of a weight: blocks are of its rows, sums over all tokens.
+
+        Of sparse weights each group has units of its own, which give its rows.
+        """
         x, dy = op.reads
-        inner = self.columns(x)
+        inner, groups = self.columns(x), groups_of(self.model, op)
+        turns = op.name.removesuffix(GRADIENT) not in TO_STREAM  # how the columns of x belong to groups
+        rows = pieces(inner, groups, 0, inner, turns)
+        columns = pieces(self.columns(dy), groups, 0, self.columns(dy), True)
+        result, places = [], []
+        for a, b in zip(rows, columns, strict=True):
 
-        def transposed(at: str, strips: int) -> Flow:
-            return self.line.transposed(f"{at}.x", op.name, x, rows=self.keys, columns=inner, strips=strips)
+            def transposed(at: str, strips: int, a: Piece = a) -> Flow:
+                return self.line.transposed(
+                    f"{at}.x", op.name, x, rows=self.keys, columns=inner, strips=strips, first=a.first, step=a.step,
+                    count=a.count,
+                )  # fmt: skip
 
-        self._over_tokens(op, dy, transposed)
+            at = op.name if groups == 1 else f"{op.name}.{a.group}"
+            own = self._over_tokens(op, at, dy, b, groups, transposed)
+            result += own
+            places += [(a.group * a.count, i * own[0].columns) for i in range(len(own))]
+        self.at[op.writes[0]] = result
+        self.places[op.writes[0]] = places
 
     def _embedding_dw(self, op: Op) -> None:
         """The gradient of a table of embeddings: a product, too, whose rows of x are all zero but at the token's column.
@@ -467,26 +552,30 @@ class Training(Rows):
             )  # fmt: skip
             return line.read(f"{at}.rows", op.name, flow, [(self.keys, 1), (strips, 0)])
 
-        self._over_tokens(op, op.reads[0], one_hot)
+        columns = self.columns(op.reads[0])
+        whole = Piece(0, 0, 1, columns, 0)
+        self.at[op.writes[0]] = self._over_tokens(op, op.name, op.reads[0], whole, 1, one_hot)
 
-    def _over_tokens(self, op: Op, dy: str, x: Callable[[str, int], Flow]) -> None:
-        """Products of blocks that `x` gives, so many times each, and a matrix of a row for each token, which stays."""
-        line, name = self.line, op.name
-        columns = self.columns(dy)
-        outs = self.parts(columns)
+    def _over_tokens(
+        self, op: Op, name: str, dy: str, piece: Piece, groups: int, x: Callable[[str, int], Flow]
+    ) -> list[Flow]:
+        """Products of blocks that `x` gives, so many times each, and columns of a matrix with a row for each token, which
+        stays. They are one of `groups`."""
+        line = self.line
+        outs = self.parts(piece.count)
+        n = piece.count // outs
+        each, units = self.split(op.name, ceil_div(n, self.p.stages), outs * groups)
         result = []
         for o in range(outs):
-            n = columns // outs
-            each, units = self.split(name, ceil_div(n, self.p.stages), outs)
             at = f"{name}.{o}"
             flow = x(at, each)
             w = line.striped(
-                at, name, dy, shape=(self.keys, columns), first=(0, o * n), depth=self.keys, columns=n, strips=each,
-                units=units, gates=self.tiles.gates,
+                at, op.name, dy, shape=(self.keys, self.columns(dy)), first=(0, piece.first + piece.step * o * n),
+                depth=self.keys, columns=n, strips=each, units=units, gates=self.tiles.gates, apart=piece.step,
             )  # fmt: skip
-            out = line.product(at, name, flow, self.keys, each, w, n)
-            result.append(line.read(f"{at}.all", name, out, [(n, 1)]))
-        self.at[op.writes[0]] = result
+            out = line.product(at, op.name, flow, self.keys, each, w, n)
+            result.append(line.read(f"{at}.all", op.name, out, [(n, 1)]))
+        return result
 
     def _column_sum(self, op: Op) -> None:
         """Sums over the rows: blocks are columns, of a packet for each block of rows."""
@@ -821,15 +910,6 @@ class Training(Rows):
             sequence=head * dim if s.heads > 1 else 0,
         )  # fmt: skip
 
-    def _heads(self, flows: Sequence[Flow]) -> list[Flow]:
-        """A matrix of which each flow has a head's columns."""
-        dim = self.model.head_dim
-        sources, readers = (
-            tuple(tuple(n for f in each for n in f[g]) for g in range(self.line.groups))
-            for each in ([f.sources for f in flows], [f.readers for f in flows])
-        )
-        return [Flow(dim * len(flows), sources, dim, readers)]
-
     def _chunks(self) -> tuple[int, int, int, int]:
         """Tokens of a chunk, strips of it and of a head, bytes of a head's word for each token."""
         chunks = self.tiles.chunks
@@ -917,7 +997,7 @@ class Training(Rows):
                 )
                 parts.append(line.read(f"{head}.part{k}", name, out, [(dim, 1)]))
             outs.append(self._summed(f"{head}.out", name, parts, h))
-        self.at[op.writes[0]] = self._heads(outs)
+        self.at[op.writes[0]] = [Flow.of(outs, self.model.head_dim * len(outs))]
 
     def _attention_dkv(self, op: Op) -> None:
         """Gradients of keys and values: their tokens are the rows, and all queries stay."""
@@ -1003,7 +1083,7 @@ class Training(Rows):
             for i, found in enumerate(parts):
                 outs[i].append(self._summed(f"{head}.out{i}", name, found, h))
         for t, found in zip(op.writes, outs, strict=True):
-            self.at[t] = self._heads(found)
+            self.at[t] = [Flow.of(found, dim * len(found))]
 
     # ---- the optimizer --------------------------------------------------------------------------------
 

@@ -438,6 +438,7 @@ def test_what_a_baseline_can_not_hold_is_left_out():
     [
         ((), "bert-base", Scenario(prompt=8, generate=0), {}, "bert-base is an encoder"),
         ((), "bloom-176b", Scenario(), {}, "bloom-176b: target csd has no ALiBi"),
+        ((), "sparse-gpt-13b", Scenario(), {}, "target csd does not support sparse weights"),
         ((), "opt-30b", Scenario(), {}, "opt-30b does not fit 1 x a6000: weights 59.9 GB and activations"),
         (("engine.max_tokens=8192",), "mistral-7b", Scenario(context=4096), {}, "sliding window of 4096"),
         ((), "opt-13b", Scenario(context=2048), {}, "opt-13b has 2048 positions"),

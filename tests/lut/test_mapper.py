@@ -590,6 +590,8 @@ def test_what_is_timed_as_if_it_fitted_is_noted():
 def test_unsupported_models_are_refused():
     with pytest.raises(UserError, match="mixtral-8x7b: target lut does not support mixtures of experts"):
         map_model(FULL, load_model("mixtral-8x7b"), Scenario(generate=1))
+    with pytest.raises(UserError, match="target lut does not support sparse weights"):
+        map_model(FULL, load_model("sparse-gpt-13b"), Scenario(generate=1))
     with pytest.raises(UserError, match="is an encoder"):
         map_model(FULL, BERT, Scenario(generate=1))
     with pytest.raises(UserError, match="opt-175b has 2048 positions"):  # a learned table ends there

@@ -700,6 +700,7 @@ def test_positions_are_checked():
         ({"post_norm": True}, "norms behind the residual addition"),
         ({"embedding_norm": True}, "a norm of the embedding"),
         ({"qk_norm": True}, "norms of Q and K"),
+        ({"weight_groups": 2}, "sparse weights"),
         ({"sub_norms": True}, "BitNet's sub-norms"),
         ({"d_embed": 9}, "an embedding narrower than the model"),
         ({"activation": "relu2"}, "the activation relu2 (allowed: gelu_tanh, silu, relu)"),

@@ -152,7 +152,7 @@ def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
         if not tensor.endswith(".w"):
             return half(w[tensor])
         name = tensor[:-2]
-        op, out, part = name.split(".")
+        op, out, part, *group = name.split(".")
         units = [u for u in line.units if u.startswith(f"{name}.w") and u.endswith(".0")]
         outs = {
             r.tensor.split(".")[1]
@@ -165,6 +165,14 @@ def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
             if r.tensor.startswith(f"{op}.") and r.tensor.endswith(".w")
         }
         own = np.split(np.split(w[op], len(outs), axis=1)[int(out)], len(parts))[int(part)]
+        if group:
+            of_row, of_column = (
+                np.split(reference.members(n, m.weight_groups, t), cuts)[int(at)]
+                for n, t, cuts, at in zip(
+                    w[op].shape, reference.turns_of(op), (len(parts), len(outs)), (part, out), strict=True
+                )
+            )
+            own = own[of_row == int(*group)][:, of_column == int(*group)]
         strips, (depth, n) = line.units[units[0]].fields["read_count1"], own.shape
         width = strips * p.stages
         whole = np.zeros((depth, max(n, width)), np.uint32)
@@ -209,6 +217,8 @@ def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
         (GPT, {"rows": 16, "tiles": Tiles(1, 2, UNITS, chunks=2)}),
         ({**GPT, "post_norm": True, "causal": False}, {"rows": 16, "tiles": Tiles(1, 2, UNITS)}),
         ({"parallel_attention": True, "activation": "relu2"}, {"rows": 16, "tiles": Tiles(1, 2, UNITS)}),
+        ({"weight_groups": 2}, {"rows": 32, "tiles": Tiles(1, 4, UNITS)}),
+        ({**GPT, "weight_groups": 4}, {"rows": 32, "tiles": Tiles(2, 2, UNITS)}),
     ],
 )
 def test_prompt(change, arguments):

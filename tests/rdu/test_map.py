@@ -155,5 +155,7 @@ def test_what_is_not_supported():
         map_model(machine(), replace(mixture, d_shared_expert=32), Scenario(generate=1))
     with pytest.raises(UserError, match="norms within attention"):
         map_model(machine(), replace(MODEL, qk_norm=True), Scenario(generate=1))
+    with pytest.raises(UserError, match="does not decode with sparse weights"):
+        map_model(machine(), replace(MODEL, weight_groups=2), Scenario(prompt=8, generate=1))
     with pytest.raises(UserError, match="a prompt needs systolic arrays"):
         map_model(machine("plasticine"), MODEL, Scenario(prompt=8, generate=0))

@@ -59,8 +59,20 @@ class Memory:
     def half(self, name, layer, a):
         self.put(name, layer, half(self.blocked(a)))
 
+    def stored(self, name, own):
+        """A weight as it lies: a sparse one by group, with the residual stream's side as rows."""
+        groups = self.mapper.model.weight_groups
+        if groups == 1 or name not in rdu_layer.SPARSE:
+            return own
+        of_row, of_column = (
+            rdu_layer.members(n, groups, t) for n, t in zip(own.shape, rdu_layer.turns_of(name), strict=True)
+        )
+        parts = [own[of_row == j][:, of_column == j] for j in range(groups)]
+        return np.concatenate([a.T if name in ("attention_out", "down") else a for a in parts])
+
     def weight(self, name, layer, own, rng):
         """What the layer takes of a weight, and what the optimizer keeps of it."""
+        own = self.stored(name, own)
         self.half(f"{name}.copy", layer, own)
         first, second = (rng.normal(size=own.shape).astype(np.float32) for _ in range(2))
         kept = {"first": first, "second": second**2, "master": own.view(np.float32)}
@@ -84,7 +96,7 @@ class Memory:
 
     def optimized(self, name, layer, g):
         """(What the machine has of a weight after the step, what the reference has), by name, from its gradient."""
-        was = self.moments[name, layer]
+        was, g = self.moments[name, layer], self.stored(name, g)
         rate = np.float32(RATE).view(np.uint32)
         new = reference.adamw(
             was["master"], was["first"], was["second"], g, rate, beta1=train.BETAS[0], beta2=train.BETAS[1],
@@ -210,7 +222,7 @@ def step(model, tokens, mapping, stages=8, layers=1, lm_head=False, sockets=1):
                     check(name, layer, at[name])
         for name, g in found.items():
             if not layer:
-                check(f"{name}.grad", layer, g)
+                check(f"{name}.grad", layer, run.stored(name, g))
             updated(name, layer, g)
         dz = at["dx"]
     if lm_head:
@@ -281,17 +293,18 @@ def weight_of(name):
 
 
 def _cuts(line, op):
-    """Pieces of the depth of a product of the backward pass."""
+    """Pieces of the depth of a product with transposed weights: <name>.<part of the result>.<part>.<column>, and a group."""
     if op.kind != "product_dx":
         return 0
-    return len({u.rsplit(".x.", 1)[0] for u in line.units if u.startswith(f"{op.name}.0.") and ".x." in u})
+    return len({tuple(u.split(".")[2:4]) for u in line.units if u.startswith(f"{op.name}.0.") and ".x." in u})
 
 
 @pytest.mark.parametrize(
     ("change", "tokens", "mapping", "layers", "stages"),
     [
         ({}, 16, {"fusion": "unfused"}, 1, 8), ({}, 32, {}, 2, 8), ({**GPT, "d_model": 16, "d_embed": 16, "head_dim": 8, "d_ff": 32}, 32, {}, 1, 12),
-        ({**GPT, "d_ff": 48}, 32, {"fusion": "unfused"}, 1, 12),
+        ({**GPT, "d_ff": 48}, 32, {"fusion": "unfused"}, 1, 12), ({**GPT, "weight_groups": 2}, 32, {"fusion": "unfused"}, 1, 12),
+        ({"weight_groups": 2, "d_ff": 32}, 32, {}, 2, 8),
     ],
 )  # fmt: skip
 def test_values(change, tokens, mapping, layers, stages):

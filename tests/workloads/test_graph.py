@@ -31,7 +31,8 @@ POST = dataclasses.replace(
 )  # fmt: skip
 SUB = dataclasses.replace(TINY, sub_norms=True, activation="relu2", name="sub")
 ALIBI = dataclasses.replace(TINY, position="alibi", embedding_norm=True, norm="layernorm", name="alibi")
-VARIANTS = [TINY, MOE, WINDOWED, PARALLEL, POST, SUB, ALIBI]
+SPARSE = dataclasses.replace(TINY, weight_groups=4, qkv_bias=True, name="sparse")
+VARIANTS = [TINY, MOE, WINDOWED, PARALLEL, POST, SUB, ALIBI, SPARSE]
 
 models = st.sampled_from(VARIANTS)
 small = st.integers(1, 9)
@@ -51,6 +52,16 @@ def matmul_macs(graph, *kinds):
 
 
 class TestByHand:
+    def test_sparse_weights(self):
+        # Each of 4 groups is a product of its own, of 32/4 inputs and (32 + 2*16)/4 outputs.
+        sparse = prefill(dataclasses.replace(TINY, weight_groups=4), prompt=3)
+        qkv = named(sparse, "qkv")
+        assert (qkv.m, qkv.k, qkv.n, qkv.instances) == (3, 8, 16, 4)
+        assert (qkv.macs, qkv.weight_elements, qkv.input_elements) == (3 * 8 * 16 * 4, 8 * 16 * 4, 3 * 32)
+        dense = prefill(TINY, prompt=3)
+        assert 4 * matmul_macs(sparse, OpKind.LINEAR) == matmul_macs(dense, OpKind.LINEAR)
+        assert matmul_macs(sparse, OpKind.SCORES) == matmul_macs(dense, OpKind.SCORES)
+
     def test_gpt2_xl_decode(self):
         # Blocks: 12 * 48 * 1600^2 = 1,474,560,000 MACs; attention over t = 512 keys: 2 * 48 * 1600 * 512.
         graph = decode_step(load_model("gpt2-xl"), context=511, lm_head=False, embedding=False)

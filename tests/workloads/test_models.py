@@ -79,6 +79,8 @@ def without(config, *keys):
         ("gpt2-large", 774_030_080),
         # 50272*5120 + (2048+2)*5120 + 40*(12*5120^2 + 13*5120) + 2*5120
         ("opt-13b", 12_853_473_280),
+        # As opt-13b with 50257 + 2048 rows of tables, and one in eight of the weights of products: 40 * 12 * 5120^2 / 8
+        ("sparse-gpt-13b", (50_257 + 2048) * 5120 + 40 * (12 * 5120**2 // 8 + 13 * 5120) + 2 * 5120),
         ("opt-30b", 29_974_540_288),
         # 250880*14336 + 2*14336 + 70*(12*14336^2 + 13*14336) + 2*14336
         ("bloom-176b", 176_247_271_424),
@@ -460,6 +462,8 @@ class TestRefusals:
             (LLAMA | {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, not 1"),
             (LLAMA | {"rope_parameters": {}}, "rope_parameters must be an object with rope_theta"),
             (LLAMA | {"rope_theta": -1}, "rope_theta must be a positive number, not -1"),
+            (MIXTRAL | {"weight_groups": 2}, "weight_groups must be 1 in a mixture of experts"),
+            (GPT2 | {"weight_groups": 3}, "weight_groups must divide the layer's widths: 64 is no multiple of 3"),
             (MIXTRAL | {"num_experts_per_tok": 5}, "must be at most the 4 experts, not 5"),
             (MISTRAL | {"sliding_window": 0}, "sliding_window must be a whole number"),
             (QWEN2 | {"use_sliding_window": True, "sliding_window": 8}, "max_window_layers is missing"),
