@@ -13,13 +13,10 @@ Every layer is the same kernel with other arguments; the configuration is loaded
 a kernel while the cached tokens, rounded up to `granule`, are as many: a mask hides what lies beyond.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +30,9 @@ from tilewright.mappers.rdu import mixture, train, vision
 from tilewright.mappers.rdu.coe import copy_ticks, map_composition
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
-from tilewright.mappers.rdu.section import Built, Section, segment
-from tilewright.mappers.rdu.stages import BF16_BYTES, LOADED, Pipeline, Region, ceil_div
-from tilewright.mappers.rdu.waits import Clash, Queue, Waits
+from tilewright.mappers.rdu.search import Kernel, Search, Smaller
+from tilewright.mappers.rdu.section import Built, segment
+from tilewright.mappers.rdu.stages import BF16_BYTES, Region, ceil_div
 from tilewright.workloads.graph import decode_step, prefill
 from tilewright.workloads.models import ModelConfig
 
@@ -56,20 +53,11 @@ NUMBERS = {
 DEFAULTS = {"seed": 0, "granule": 512, "moves": 6_000_000, "groups": 0, "percent": 0}
 PERCENT, PROMPT_PERCENT = 92, 40
 TOKEN_PERCENTS = (PERCENT, 60, 40)  # in turn
+ALONE_PERCENTS = (60, PERCENT)  # for an operator over rows that else has no section
 """Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
 find no routes on which none waits behind another."""
-TRIES = 4
-"""Seeds that are tried to find routes on which no stream waits behind one that waits for others."""
-DETOURS = 8
-"""Times that streams are led by other ways, where they can't be kept apart."""
-HOPELESS = 40
-"""Links with which other seeds are not tried, unless nothing else is left to try."""
-NONE = 1 << 20
-"""That many are counted where there are no routes."""
-LAST_TRIES = 12
-"""Seeds that are tried then, with gates dealt out to channels and with gates where they are nearest."""
-CROWDED = Fraction(5, 4)
-"""What a link may have to do, in its capacity, without that other seeds are tried."""
+NO_ROUTES = 1 << 20
+"""Shared links that a section without any routes counts as."""
 PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
 TOLD = ("sections", "memory")  # what a document tells besides
 COMPOSITIONS = True
@@ -82,19 +70,6 @@ ACTIVATIONS = (
 )
 PARAMETERS = (".w", ".gain", ".bias")
 EXPERT = "expert."
-
-
-@dataclass
-class Kernel:
-    """A section that is placed and routed, and what it was planned as."""
-
-    name: str
-    phase: str
-    choice: Choice
-    built: Built
-    seconds: float
-    blocked: int
-    """Links that streams share with some that wait for others: what may end in a deadlock."""
 
 
 @dataclass(frozen=True)
@@ -242,39 +217,6 @@ def _map_one(
         if mapper.document["fusion"] == "fused" and not scenario.train  # long to route without fusion
         else {},
     )
-
-
-def _name(choice: Choice) -> str:
-    names = [op.name for op in choice.ops]
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-
-
-def _load(built: Built) -> Fraction:
-    """What the busiest overused link of the mesh has to do, in its capacity; 0 where none is."""
-    r, capacity = built.routing, built.fabric.capacity
-    return max(
-        (r.loads[n][link] / capacity for n in r.overused for link in r.overused[n]), default=Fraction(0)
-    )
-
-
-def _meetings(built: Built, line: Pipeline) -> int:
-    """Links of a prompt's section that a stream shares with one whose packets may wait on their way until others come.
-
-    What is loaded is through before weights leave their memory units.
-    """
-    on: dict[tuple[str, int, int, int], list[str]] = {}
-    for r in built.routing.routes.values():
-        for hop in r.hops:
-            for out in hop.outs:
-                on.setdefault((r.stream.network, hop.x, hop.y, out), []).append(r.stream.source)
-
-    def meet(sources: Sequence[str]) -> bool:
-        rests = [s for s in sources if s in line.resting]
-        if rests and all(s in line.later or s == LOADED for s in rests):
-            sources = [s for s in sources if s not in line.loading]
-        return bool(rests) and len(sources) > 1
-
-    return sum(map(meet, on.values()))
 
 
 class _Mapper:
@@ -532,6 +474,15 @@ class _Mapper:
         def plan(
             some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits, rows: int = s.train
         ) -> Choice | None:
+            # An operator that is too large for such a section may have one with more units.
+            larger = () if self.document["percent"] or limits != self.limits else ALONE_PERCENTS
+            for limit in (limits, *(map(self._limits, larger) if len(some) == 1 else ())):
+                found = tiled(some, keep, limit, rows)
+                if found is not None:
+                    return found
+            return None
+
+        def tiled(some: Sequence[Op], keep: Sequence[str], limits: Limits, rows: int) -> Choice | None:
             # What memory binds has many streams, which share its channels evenly.
             wide = train.WIDE if all(op.kind in train.ELEMENTS for op in some) else (None,)
             for groups in (self.document["groups"],) if self.document["groups"] else wide:
@@ -772,7 +723,7 @@ class _Mapper:
         first = len(self.kernels)
 
         def shared(kernel: Kernel | None) -> int:
-            return NONE if kernel is None else kernel.blocked
+            return NO_ROUTES if kernel is None else kernel.blocked
 
         for percent in TOKEN_PERCENTS:
             self.limits = self._limits(percent)
@@ -876,111 +827,23 @@ class _Mapper:
         return self.share.kv_dim * self.pitch * BF16_BYTES
 
     def _kernel(
-        self,
-        phase: str,
-        choice: Choice,
-        smaller: Callable[[Limits], Choice | None] | None = None,
-        patient: bool = False,
+        self, phase: str, choice: Choice, smaller: Smaller | None = None, *, patient: bool = False
     ) -> int:
-        """The number of a new kernel, as `_routed` finds it. Raises UserError where there are no routes."""
-        kernel = self._routed(phase, choice, smaller, patient)
+        """The number of a new kernel, as `Search` finds it. Raises UserError where there are no routes."""
+        kernel = self._routed(phase, choice, smaller, patient=patient)
         if kernel is None:
-            raise UserError(
-                f"{phase}, {_name(choice)}: no routes found; try another seed or a smaller percent"
-            )
+            raise UserError(f"{phase}, {choice.name}: no routes found; try another seed or a smaller percent")
         self.kernels.append(kernel)
         return len(self.kernels) - 1
 
     def _routed(
-        self,
-        phase: str,
-        choice: Choice,
-        smaller: Callable[[Limits], Choice | None] | None = None,
-        patient: bool = False,
+        self, phase: str, choice: Choice, smaller: Smaller | None = None, *, patient: bool = False
     ) -> Kernel | None:
-        """Place and route a section; None if there are no routes.
-
-        Where streams share links with some that wait for others, they may come to wait for one another. Other seeds are
-        tried then, and sections of fewer units, as `smaller` plans them; what is left of it is noted. Other seeds are
-        tried, too, where a link has much more than its capacity. If `patient`, all are tried, and gates in other places,
-        until no such link is left.
-        """
-        start = time.monotonic()
-        first = self.document["seed"]
-        seeds = range(first, first + (LAST_TRIES if patient else TRIES))
-        rows = phase in ("prompt", vision.PHASE, train.PHASE)
-        own = f"{phase}_" if phase == vision.PHASE else ""
-        limits = self.limits
-        best: tuple[tuple[int, Fraction], Choice, Built] | None = None
-        while True:
-            for seed, dealt in product(seeds, (True, False) if patient else (True,)):
-                section = Section(self.p, f"{phase} {_name(choice)}")
-                choice.line.prefix = own
-                choice.line.into(section, choice.ticks(self.p))
-                try:
-                    at = choice.line.places() if rows else None
-                    built = section.build(seed=seed, moves=self.document["moves"] or None, at=at, dealt=dealt)
-                except UserError:  # more streams on a link than it has flows
-                    continue
-                blocked, apart, held = self._kept_apart(choice, built, patient)
-                score = blocked, _load(held)
-                if best is None or score < best[0]:
-                    best = score, apart, held
-                if patient and not blocked:
-                    break
-                if not patient and (blocked > HOPELESS or (not blocked and score[1] <= CROWDED)):
-                    break
-            if smaller is None or (best is not None and not best[0][0]):
-                break
-            limits = Limits(limits.pcu * 2 // 3, limits.pmu * 2 // 3, limits.agcu)
-            fewer = smaller(limits)
-            if fewer is None:
-                break
-            choice = fewer
-        if best is None:
-            return None
-        (blocked, _), choice, built = best
-        return Kernel(own + _name(choice), phase, choice, built, time.monotonic() - start, blocked)
-
-    def _kept_apart(self, choice: Choice, built: Built, patient: bool) -> tuple[int, Choice, Built]:
-        """The section with the same places, in which tokens keep streams that clash apart, and the links on which some
-        still do. Streams of which neither can wait for the other are led by other ways, one and the other in turn."""
-
-        def on(clashes: Sequence[Clash]) -> int:
-            return len({clash.queue for clash in clashes})
-
-        if choice.line.blocks > 1:
-            return _meetings(built, choice.line), choice, built
-        avoid: dict[str, set[Queue]] = {}
-        best: tuple[int, Choice, Built] | None = None
-        for detour in range(DETOURS + 1):
-            waits = Waits(choice.line, built)
-            clashes = waits.clashes()
-            if not clashes:
-                return 0, choice, built
-            if best is None:
-                best = on(clashes), choice, built
-            holds, left = waits.holds(clashes)
-            if on(left) > HOPELESS and not patient:
-                break
-            section = Section(self.p, built.name)
-            if not left:
-                line = deepcopy(choice.line)
-                line.hold_back(holds)
-                line.into(section, choice.ticks(self.p))
-                try:  # tokens have wires of their own; what joins them takes units that are left
-                    held = section.build(like=built)
-                except UserError:
-                    break
-                return on(Waits(line, held).clashes()), replace(choice, line=line), held
-            for clash in left:
-                avoid.setdefault(clash.before if detour % 2 else clash.stream, set()).add(clash.queue)
-            choice.line.into(section, choice.ticks(self.p))
-            try:
-                built = section.build(like=built, avoid=avoid)
-            except UserError:
-                break
-        return best or (0, choice, built)
+        search = Search(self.p, self.document["seed"], self.document["moves"])
+        return search.kernel(
+            phase, choice, self.limits, smaller, rows=phase in ("prompt", vision.PHASE, train.PHASE),
+            prefix=f"{phase}_" if phase == vision.PHASE else "", patient=patient,
+        )  # fmt: skip
 
     def _tag(self, kernel: int, layer: int) -> str:
         own = self.kernels[kernel]

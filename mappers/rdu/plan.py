@@ -59,6 +59,12 @@ class Choice:
     """The choices, as a person may read them."""
     banks: tuple[object, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """Its operators, the first and the last."""
+        names = [op.name for op in self.ops]
+        return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
     def ticks(self, p: RduParams) -> int:
         """What it takes at least: the busiest unit's iterations, or the busiest memory's lines."""
         return max(self.line.interval()[0], _memory_ticks(p, self.line))

@@ -8,9 +8,11 @@ from tilewright.arch import rdu
 from tilewright.arch import spec as specs
 from tilewright.arch.errors import UserError
 from tilewright.arch.scenario import Scenario
-from tilewright.mappers.rdu import map_model
+from tilewright.mappers.rdu import _Mapper, document_of, map_model
 from tilewright.mappers.rdu.layer import Share, layer_operators
 from tilewright.mappers.rdu.plan import Limits, kept, plan_rows, plan_vectors
+from tilewright.mappers.rdu.search import HOPELESS, Search
+from tilewright.mappers.rdu.section import Section
 from tilewright.sim.rdu import simulate
 from tilewright.workloads.models import ModelConfig, load_model
 
@@ -75,6 +77,29 @@ def test_unfused_is_a_kernel_an_operator():
     fused = map_model(machine(), MODEL, scenario, QUICK)
     assert set(fused.beside) == {"unfused", "unfused, hardware", "host"}
     assert mapped.beside == {}
+
+
+def test_where_smaller_sections_do_not_help_all_seeds_are_tried(monkeypatch):
+    # Streams are said to wait for one another but with the second seed, and gates where placement puts them.
+    builds = []
+    build = Section.build
+
+    def built(self, **fields):
+        builds.append((fields["seed"], fields["dealt"]))
+        return build(self, **fields)
+
+    def kept_apart(self, choice, built, patient):
+        return (0 if patient and builds[-1] == (1, False) else HOPELESS + 1), choice, built
+
+    monkeypatch.setattr(Section, "build", built)
+    monkeypatch.setattr(Search, "kept_apart", kept_apart)
+    scenario = Scenario(context=64, generate=1, embedding=False, lm_head=False)
+    mapper = _Mapper(machine(), MODEL, scenario, document_of(machine(), QUICK))
+    mapper.plan()
+    # One seed for each size of sections; then all, in turn, for each section of the first size.
+    assert builds[-4:] == [(0, True), (0, False), (1, True), (1, False)]
+    assert set(builds[:-4]) == {(0, True)} and len(builds) > 5
+    assert not any(kernel.blocked for kernel in mapper.kernels)
 
 
 def test_prompts_store_keys_before_attention():
