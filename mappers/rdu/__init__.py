@@ -523,8 +523,8 @@ class _Mapper:
         def gradient(op: Op) -> list[int]:
             """The kernels of an operator that gives a weight's gradient."""
             rows, columns = train.gradient_shape(self.share, op, s.train, p)
-            if op.kind == "column_sum":  # whose rows are columns, a block each
-                return kernels([op], [], (), columns * p.lanes * p.lanes)
+            if op.kind == "column_sum":  # whose blocks are of columns
+                return kernels([op], [], (), columns * p.lanes)
             return kernels([op], [], op.writes, rows)
 
         def elements(ops: Sequence[Op], name: str, *result: str) -> list[int]:

@@ -578,7 +578,8 @@ class Training(Rows):
         return result
 
     def _column_sum(self, op: Op) -> None:
-        """Sums over the rows: blocks are columns, of a packet for each block of rows."""
+        """Sums over the rows: blocks are as many columns as there are lanes, read in the order in which they lie, so that no
+        line is read twice."""
         line, name, lanes = self.line, op.name, self.p.lanes
         columns = self.columns(op.reads[0])
         packets = self.keys // lanes
@@ -586,18 +587,21 @@ class Training(Rows):
         gates = tuple(
             (
                 line.gate(
-                    f"{name}.in.{g}", name, "load", "hbm", op.reads[0], g * column,
-                    [(packets, columns * column), (line.blocks, line.groups * column)],
+                    f"{name}.in.{g}", name, "load", "hbm", op.reads[0], g * lanes * column,
+                    [(lanes, column), (packets, columns * column), (line.blocks, line.groups * lanes * column)],
                 ),
             )
             for g in range(line.groups)
         )  # fmt: skip
-        flow = line.read(f"{name}.x", name, Flow(packets, gates, packets, gates), [(packets, 1)])
-        total = line.simd(f"{name}.sum", name, [(flow, 0)], [], packets, fold="add", tree="add", round=1)
+        n = lanes * packets
+        flow = line.read(f"{name}.x", name, Flow(n, gates, n, gates), [(packets, lanes), (lanes, 1)])
+        total = line.simd(
+            f"{name}.sum", name, [(flow, 0)], [], n, loops=[packets, lanes], fold="add", fold_level=1, tree="add", round=1
+        )  # fmt: skip
         for g in range(line.groups):
             gate = line.gate(
-                f"{name}.out.{g}", name, "store", "hbm", op.writes[0], g * BF16_BYTES,
-                [(1, 0), (line.blocks, line.groups * BF16_BYTES)], words=1,
+                f"{name}.out.{g}", name, "store", "hbm", op.writes[0], g * lanes * BF16_BYTES,
+                [(lanes, BF16_BYTES), (line.blocks, line.groups * lanes * BF16_BYTES)], words=1,
             )  # fmt: skip
             line.feed(total.sources[g][0], gate)
 
