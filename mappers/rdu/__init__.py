@@ -56,8 +56,6 @@ TOKEN_PERCENTS = (PERCENT, 60, 40)  # in turn
 ALONE_PERCENTS = (60, PERCENT)  # for an operator over rows that else has no section
 """Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
 find no routes on which none waits behind another."""
-NO_ROUTES = 1 << 20
-"""Shared links that a section without any routes counts as."""
 PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
 TOLD = ("sections", "memory")  # what a document tells besides
 COMPOSITIONS = True
@@ -716,16 +714,11 @@ class _Mapper:
     ) -> tuple[list[int], int]:
         """The kernels of `ops` for the next token, and how many sequences they take at once: at most `batch`, or all.
 
-        Fewer units make more and smaller sections: these are taken where larger ones find no routes of their own. Where
-        those don't either, or don't exist, all else is tried with the sections that came closest.
+        Fewer units make more and smaller sections: these are taken where larger ones find no routes of their own.
         """
-        tries: list[tuple[list[Kernel | None], list[Choice], int]] = []
+        tries: list[tuple[list[Kernel], int]] = []
         first = len(self.kernels)
-
-        def shared(kernel: Kernel | None) -> int:
-            return NO_ROUTES if kernel is None else kernel.blocked
-
-        for percent in TOKEN_PERCENTS:
+        for percent in (self.document["percent"],) if self.document["percent"] else TOKEN_PERCENTS:
             self.limits = self._limits(percent)
             try:
                 choices, held = self._token_choices(keys, ops, result, batch or self.scenario.batch)
@@ -733,15 +726,17 @@ class _Mapper:
                 if tries:
                     break
                 raise
-            tries.append(([self._routed(phase, choice) for choice in choices], choices, held))
-            if self.document["percent"] or not any(map(shared, tries[-1][0])):
+            found = [self._routed(phase, choice) for choice in choices]
+            kernels = [kernel for kernel in found if kernel is not None]
+            if len(kernels) < len(choices):
+                continue
+            tries.append((kernels, held))
+            if not any(k.blocked for k in kernels):
                 break
-        kernels, choices, held = min(tries, key=lambda t: sum(map(shared, t[0])))
-        for kernel, choice in zip(kernels, choices, strict=True):
-            if kernel is None or kernel.blocked:
-                self._kernel(phase, choice, patient=True)
-            else:
-                self.kernels.append(kernel)
+        if not tries:
+            raise UserError(f"{phase}: no routes found; try another seed or a smaller percent")
+        kernels, held = min(tries, key=lambda t: sum(k.blocked for k in t[0]))
+        self.kernels += kernels
         return list(range(first, len(self.kernels))), held
 
     def _token_choices(
@@ -826,23 +821,19 @@ class _Mapper:
     def _cache_bytes(self) -> int:
         return self.share.kv_dim * self.pitch * BF16_BYTES
 
-    def _kernel(
-        self, phase: str, choice: Choice, smaller: Smaller | None = None, *, patient: bool = False
-    ) -> int:
+    def _kernel(self, phase: str, choice: Choice, smaller: Smaller | None = None) -> int:
         """The number of a new kernel, as `Search` finds it. Raises UserError where there are no routes."""
-        kernel = self._routed(phase, choice, smaller, patient=patient)
+        kernel = self._routed(phase, choice, smaller)
         if kernel is None:
             raise UserError(f"{phase}, {choice.name}: no routes found; try another seed or a smaller percent")
         self.kernels.append(kernel)
         return len(self.kernels) - 1
 
-    def _routed(
-        self, phase: str, choice: Choice, smaller: Smaller | None = None, *, patient: bool = False
-    ) -> Kernel | None:
+    def _routed(self, phase: str, choice: Choice, smaller: Smaller | None = None) -> Kernel | None:
         search = Search(self.p, self.document["seed"], self.document["moves"])
         return search.kernel(
             phase, choice, self.limits, smaller, rows=phase in ("prompt", vision.PHASE, train.PHASE),
-            prefix=f"{phase}_" if phase == vision.PHASE else "", patient=patient,
+            prefix=f"{phase}_" if phase == vision.PHASE else "",
         )  # fmt: skip
 
     def _tag(self, kernel: int, layer: int) -> str:

@@ -1,7 +1,7 @@
 """Sections placed and routed so that no stream waits behind one that waits for others: what is tried, and in which order.
 
-Routes are judged by `waits`. Where streams clash, tokens keep them apart, or they are led by other ways; then other seeds
-are tried, and sections of fewer units; at last gates to memory in other places. What is left is counted.
+Routes are judged by `waits`. Where streams clash, tokens keep them apart, or they are led by other ways; then places are
+looked for longer, from other seeds, and sections of fewer units are tried. What is left is counted.
 """
 
 import time
@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import product
 
 from tilewright.arch.errors import UserError
 from tilewright.arch.rdu import RduParams
@@ -21,15 +20,15 @@ from tilewright.mappers.rdu.waits import Clash, Queue, Waits
 __all__ = ["Kernel", "Search", "Smaller"]
 
 TRIES = 4
-"""Seeds that are tried."""
+"""Places that are tried."""
+LONGER = 8
+"""Moves of the annealing in all tries but the first, in moves of that one: what large sections need to find routes at all."""
 DETOURS = 8
 """Times that streams are led by other ways, where they can't be kept apart."""
 HOPELESS = 40
-"""Links with which other seeds are not tried, unless nothing else is left to try."""
-LAST_TRIES = 12
-"""Seeds that are tried then, with gates dealt out to channels and with gates where they are nearest."""
+"""Links with which other seeds are not tried."""
 CROWDED = Fraction(5, 4)
-"""What a link may have to do, in its capacity, without that other seeds are tried."""
+"""What a link may have to do, in its capacity, without that other places are tried."""
 
 Smaller = Callable[[Limits], Choice | None]
 
@@ -65,35 +64,38 @@ class Search:
 
     def kernel(
         self, phase: str, choice: Choice, limits: Limits, smaller: Smaller | None = None, *, rows: bool = False,
-        prefix: str = "", patient: bool = False,
+        prefix: str = "",
     ) -> Kernel | None:  # fmt: skip
         """A section's kernel, or None if there are no routes.
 
-        Where streams share links with some that wait for others, other seeds are tried, and sections of fewer units than
-        `limits`, as `smaller` plans them; other seeds, too, where a link has much more than its capacity. If `patient`, all
-        seeds are tried, and gates in other places, until no stream shares a link so. The units of a section of `rows` have
-        places by their stages; `prefix` is put before the kernel's name.
+        Where streams share links with some that wait for others, or a link has much more than its capacity, other places are
+        tried; where the former are left, sections of fewer units than `limits`, as `smaller` plans them. The units of a
+        section of `rows` have places by their stages; `prefix` is put before the kernel's name.
         """
         start = time.monotonic()
-        seeds = range(self.seed, self.seed + (LAST_TRIES if patient else TRIES))
         best: tuple[tuple[int, Fraction], Choice, Built] | None = None
         while True:
-            for seed, dealt in product(seeds, (True, False) if patient else (True,)):
+            for number in range(TRIES):
                 section = Section(self.params, f"{phase} {choice.name}")
                 choice.line.prefix = prefix
                 choice.line.into(section, choice.ticks(self.params))
+                longer = number > 0 and not rows
                 try:
                     at = choice.line.places() if rows else None
-                    built = section.build(seed=seed, moves=self.moves or None, at=at, dealt=dealt)
+                    built = section.build(
+                        seed=self.seed + number - longer,
+                        moves=self.moves * (LONGER if longer else 1) or None,
+                        at=at,
+                    )
                 except UserError:  # more streams on a link than it has flows
                     continue
-                blocked, apart, held = self.kept_apart(choice, built, patient)
+                blocked, apart, held = self.kept_apart(choice, built)
                 score = blocked, _load(held)
                 if best is None or score < best[0]:
                     best = score, apart, held
-                if patient and not blocked:
+                if not blocked and score[1] <= CROWDED:
                     break
-                if not patient and (blocked > HOPELESS or (not blocked and score[1] <= CROWDED)):
+                if blocked > HOPELESS and (longer or rows):
                     break
             if smaller is None or (best is not None and not best[0][0]):
                 break
@@ -107,7 +109,7 @@ class Search:
         (blocked, _), choice, built = best
         return Kernel(prefix + choice.name, phase, choice, built, time.monotonic() - start, blocked)
 
-    def kept_apart(self, choice: Choice, built: Built, patient: bool) -> tuple[int, Choice, Built]:
+    def kept_apart(self, choice: Choice, built: Built) -> tuple[int, Choice, Built]:
         """The section with the same places, in which tokens keep streams that clash apart, and the links on which some
         still do. Streams of which neither can wait for the other are led by other ways, one and the other in turn."""
 
@@ -126,7 +128,7 @@ class Search:
             if best is None:
                 best = on(clashes), choice, built
             holds, left = waits.holds(clashes)
-            if on(left) > HOPELESS and not patient:
+            if on(left) > HOPELESS:
                 break
             section = Section(self.params, built.name)
             if not left:

@@ -263,15 +263,13 @@ class Section:
         turns: Turns = "acyclic",
         time_limit_s: float | None = None,
         remember: bool = True,
-        dealt: bool = True,
         like: Built | None = None,
         avoid: Mapping[str, Collection[tuple[str, int, int, int]]] | None = None,
     ) -> Built:
         """Place, route, and write the records.
 
         `at` keeps units at the switch (x, y). The result depends on the seed alone unless `time_limit_s` cuts the
-        search short; places and routes are then not kept on disk, nor without `remember`. Gates to memory are `dealt` out to
-        its channels, or stay where wires are shortest. Raises UserError for what
+        search short; places and routes are then not kept on disk, nor without `remember`. Raises UserError for what
         doesn't fit the machine. `like` is a section with all of the streams of this one, whose places and routes are kept;
         units that it lacks take any that are left, and streams from units in `avoid` are routed anew, not by these input ports,
         (network, x, y, port).
@@ -304,11 +302,10 @@ class Section:
 
         def find() -> tuple[Placement, Routing]:
             placed = place(netlist, fabric, seed=seed, moves=moves, pinned=pinned, seconds=half)
-            if dealt:
-                placed = balanced(netlist, fabric, placed, traffic, channels, pinned)
+            placed = balanced(netlist, fabric, placed, traffic, channels, pinned)
             return placed, route(netlist, fabric, placed, turns=turns, seconds=half)
 
-        known = repr((fabric, netlist, seed, moves, turns, sorted(pinned.items()), traffic, channels, dealt))
+        known = repr((fabric, netlist, seed, moves, turns, sorted(pinned.items()), traffic, channels))
         placement, routing = remembered(known, find) if remember and half is None else find()
         records = self._records(fabric, placement, routing)
         return Built(self.name, netlist, fabric, placement, routing, records, self.tags)

@@ -79,27 +79,29 @@ def test_unfused_is_a_kernel_an_operator():
     assert mapped.beside == {}
 
 
-def test_where_smaller_sections_do_not_help_all_seeds_are_tried(monkeypatch):
-    # Streams are said to wait for one another but with the second seed, and gates where placement puts them.
-    builds = []
+def test_places_are_looked_for_longer_where_streams_would_wait_for_one_another(monkeypatch):
+    # Streams are said to wait for one another but with the second seed; then, whatever is tried.
+    tries = []
     build = Section.build
 
     def built(self, **fields):
-        builds.append((fields["seed"], fields["dealt"]))
+        tries.append((fields["seed"], fields["moves"]))
         return build(self, **fields)
 
-    def kept_apart(self, choice, built, patient):
-        return (0 if patient and builds[-1] == (1, False) else HOPELESS + 1), choice, built
+    def mapper():
+        tries.clear()
+        scenario = Scenario(context=64, generate=1, embedding=False, lm_head=False)
+        out = _Mapper(machine(), MODEL, scenario, document_of(machine(), QUICK | {"moves": 100_000}))
+        out.plan()
+        return out
 
     monkeypatch.setattr(Section, "build", built)
-    monkeypatch.setattr(Search, "kept_apart", kept_apart)
-    scenario = Scenario(context=64, generate=1, embedding=False, lm_head=False)
-    mapper = _Mapper(machine(), MODEL, scenario, document_of(machine(), QUICK))
-    mapper.plan()
-    # One seed for each size of sections; then all, in turn, for each section of the first size.
-    assert builds[-4:] == [(0, True), (0, False), (1, True), (1, False)]
-    assert set(builds[:-4]) == {(0, True)} and len(builds) > 5
-    assert not any(kernel.blocked for kernel in mapper.kernels)
+    monkeypatch.setattr(Search, "kept_apart", lambda *args: (int(tries[-1][0] == 0), *args[1:]))
+    assert not any(kernel.blocked for kernel in mapper().kernels)
+    assert tries == [(0, 100_000), (0, 800_000), (1, 800_000)]
+    monkeypatch.setattr(Search, "kept_apart", lambda *args: (HOPELESS + 1, *args[1:]))
+    assert [kernel.blocked for kernel in mapper().kernels] == [HOPELESS + 1]
+    assert tries[:2] == [(0, 100_000), (0, 800_000)] and len(tries) > 2  # smaller sections after that
 
 
 def test_prompts_store_keys_before_attention():
