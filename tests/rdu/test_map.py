@@ -114,6 +114,19 @@ def test_prompts_store_keys_before_attention():
     assert sum(len(o) for o in operators) == len(layer_operators(MODEL))
 
 
+@pytest.mark.parametrize("scenario", [Scenario(prompt=32, generate=0), Scenario(train=32, generate=0)])
+def test_sparse_weights_over_sockets(scenario):
+    # One in four weights: fewer bytes move, but as many between the sockets.
+    spec = machine("sn40l-node", "node.sockets=2")
+    model, whole = replace(MODEL, layers=1, kv_heads=2), {"lm_head": False, "embedding": False}
+    dense, sparse = (
+        simulate(spec.params(), map_model(spec, m, replace(scenario, **whole), QUICK).program)
+        for m in (model, replace(model, weight_groups=4))
+    )
+    assert sparse.counter("hbm_lines") < dense.counter("hbm_lines")
+    assert sparse.counter("remote_lines") == dense.counter("remote_lines") > 0
+
+
 def test_sockets_share_heads_and_columns():
     share = Share(load_model("llama-2-70b"), 8)
     assert (share.heads, share.kv_heads, share.inner) == (8, 1, 3584)
