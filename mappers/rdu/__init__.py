@@ -14,7 +14,7 @@ a kernel while the cached tokens, rounded up to `granule`, are as many: a mask h
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,13 @@ import numpy as np
 
 from tilewright.arch.errors import UserError, nearest
 from tilewright.arch.isa import Program, Segment
-from tilewright.arch.rdu import CODE, ISA, TIERS, RduSpec
+from tilewright.arch.rdu import CODE, ISA, RduSpec
 from tilewright.arch.scenario import Mapped, Scenario, TagInfo
 from tilewright.mappers.rdu import mixture, train, vision
-from tilewright.mappers.rdu.coe import copy_ticks, map_composition
+from tilewright.mappers.rdu.coe import map_composition
+from tilewright.mappers.rdu.launches import Copies, Launch, Moves
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
+from tilewright.mappers.rdu.memory import ACTIVATIONS, Memory, is_row
 from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.search import Kernel, Search, Smaller
 from tilewright.mappers.rdu.section import Built, segment
@@ -56,67 +58,10 @@ TOKEN_PERCENTS = (PERCENT, 60, 40)  # in turn
 ALONE_PERCENTS = (60, PERCENT)  # for an operator over rows that else has no section
 """Of a socket's units, what a section may use if nothing is said. Streams of more units with rows and weights at full rate
 find no routes on which none waits behind another."""
-PARTS = ("weights", "cache", "rows", "tables")  # of a socket's memory, in order of their addresses
 TOLD = ("sections", "memory")  # what a document tells besides
 COMPOSITIONS = True
 IMAGES = True
 TRAINS = True
-SHARED = ("cos", "sin", "mask", "slopes")
-ACTIVATIONS = (
-    *("x", "z", "y", "h", "h2", "s", "s2", "qkv", "q", "a", "o", "w", "f"),
-    *("gate_out", "up_out", "o_part", "w_part", "logits", "last", "r", "e", "spare", "patch"),
-)
-PARAMETERS = (".w", ".gain", ".bias")
-EXPERT = "expert."
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One execution of a kernel."""
-
-    kernel: int
-    tag: str
-    step: int
-    layer: int
-    """-1: none."""
-    slot: Mapping[str, int] = field(default_factory=dict)
-    """Bytes to add to tensors' addresses."""
-    experts: tuple[int, ...] = ()
-    """The expert of each slot."""
-    where: Mapping[Region, tuple[str, int]] = field(default_factory=dict)
-    """What arguments point to instead: a tensor, and a byte in it."""
-    regions: tuple[int, ...] = ()
-    """Where these experts are."""
-    at: int | None = None
-    """The layer whose tensors it takes, where it is not its own."""
-
-    @property
-    def depth(self) -> int:
-        """The layer whose tensors it takes; one more than the last one's are those behind it."""
-        return self.layer if self.at is None else self.at
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Experts' weights on their way to regions of HBM, until all are there."""
-
-    places: tuple[mixture.Place, ...]
-    tag: str
-    step: int
-    layer: int
-
-
-@dataclass(frozen=True)
-class Moves:
-    """Rows on their way from one tensor to another in HBM, until all are there."""
-
-    source: tuple[str, ...]
-    target: tuple[str, ...]
-    rows: tuple[tuple[int, int, int, int], ...]
-    """(tensor of source, row, tensor of target, row)"""
-    tag: str
-    step: int
-    layer: int
 
 
 def draw_section(built: Built, path: str | Path) -> None:
@@ -262,15 +207,11 @@ class _Mapper:
         self.launches: list[Launch | Copies | Moves] = []
         self.assumed: list[str] = []
         self._phases: dict[str, tuple[list[int], int]] = {}
-        self._most = -1
         self._most_rows = 0
         self.notes: list[str] = []
         self.infos: list[TagInfo] = []
         self.tags: list[str] = []
         self.apart = apart
-        self.address: dict[tuple[str, str, int], int] = {}
-        self._within: dict[tuple[object, ...], int] = {}
-        self.used = {"hbm": 0, "ddr": 0, "remote": 0}
         self.launch_ticks = self.p.argument_load + (
             self.p.host_launch if document["orchestration"] == "host" else self.p.hardware_launch
         )
@@ -295,7 +236,21 @@ class _Mapper:
         for i in range(s.generate):
             self._token(step, i)
             step += 1
-        self.memory = self._lay_out()
+        self.memory = Memory(
+            self.spec, m, s, self.kernels, self.launches, cache_bytes=self._cache_bytes(), rows_bytes=self._most_rows,
+            apart=self.apart, regions=self.document.get("regions"),
+        )  # fmt: skip
+        self.launches = self.memory.launches
+        self.notes += self.memory.notes
+        self.assumed += self.memory.assumed
+        if m.experts:
+            if self.trace.drawn:
+                self.assumed.append(
+                    f"the {m.experts_per_token} experts of each token and layer: drawn uniformly, seed {s.seed}"
+                )
+            self.assumed.append(
+                "choosing experts from the router's scores, outside of the program, takes no time"
+            )
         self._number_tags()
         self._report()
 
@@ -687,7 +642,7 @@ class _Mapper:
             }
             for k in kernels:
                 extents = self.kernels[k].choice.line.extents
-                own = {t: b // batch * n for t, n in extents.items() if self._is_row(t)}
+                own = {t: b // batch * n for t, n in extents.items() if is_row(t)}
                 self.launches.append(Launch(k, self._tag(k, layer), step, layer, own, where=where))
 
     def _router_row(self) -> int:
@@ -841,7 +796,7 @@ class _Mapper:
         named = own.name if own.phase == vision.PHASE else f"{own.phase.split()[0]} {own.name}"
         return (named if layer < 0 else f"layer {layer} {named}").replace(" ", "_")
 
-    # ---- tags, addresses, notes ---------------------------------------------------------------------
+    # ---- tags and notes -----------------------------------------------------------------------------
 
     def _number_tags(self) -> None:
         seen: dict[str, TagInfo] = {}
@@ -858,240 +813,6 @@ class _Mapper:
             for tag in kernel.built.tags:
                 seen.setdefault(tag, TagInfo(tag.replace("_", " "), tag, -1))
         self.tags, self.infos = list(seen), list(seen.values())
-
-    def _tensor(self, tensor: str, layer: int, kernel: Kernel) -> tuple[str, tuple[str, str, int], int]:
-        """The part of the memory that a tensor belongs to, its key there, and its bytes."""
-        size = kernel.choice.line.extents[tensor]
-        tier = kernel.choice.line.tiers[tensor]
-        if kernel.phase == train.PHASE:
-            return *train.place(tensor, layer), size
-        if kernel.phase == vision.PHASE:
-            if tensor in ("x", "z"):  # the kernels before the first layer have number -1
-                return "rows", ("rows", f"vision {'xz'[(layer + (tensor == 'z')) % 2]}", -1), self._widest
-            if tensor in ("keys", "values"):  # of one layer at a time
-                return "cache", ("cache", f"vision {tensor}", -1), size
-            if tensor == vision.PIXELS:
-                return "rows", ("rows", tensor, -1), size
-        if tensor in ("x", "z") and layer >= 0:  # a layer reads what the one before wrote
-            return "rows", ("rows", "xz"[(layer + (tensor == "z")) % 2], -1), self._widest
-        if tensor == "x":
-            return "rows", ("rows", "xz"[self.model.layers % 2], -1), self._widest
-        if tensor in ("keys", "values", "keys.new", "values.new"):
-            size = self.scenario.batch * self._cache_bytes()
-            return "cache", ("cache", tensor.split(".")[0], layer), size
-        if tensor in SHARED:
-            return "tables", (kernel.phase, tensor, -1), size
-        if self._is_row(tensor) or tier == "remote":
-            return "rows", ("rows", tensor, -1), self._widest
-        phase = f"{kernel.phase} {kernel.name}" if kernel.phase != "prompt" else "prompt"
-        return "weights", (phase, tensor, layer), size
-
-    def _lay_out(self) -> dict[str, dict[str, int]]:
-        """Give every tensor its address, in lines of its own, part after part; bytes of the parts by tier."""
-        line = self.spec.line_bytes
-        parts: dict[str, dict[str, dict[str, dict[tuple[str, str, int], int]]]] = {}
-        for launch in self.launches:
-            if isinstance(launch, Launch) and launch.kernel >= 0:
-                kernel = self.kernels[launch.kernel]
-                for r in kernel.choice.line.arguments:
-                    if r.tensor.startswith(EXPERT):
-                        continue
-                    if r in launch.where:
-                        rows = parts.setdefault("hbm", {name: {} for name in PARTS})["rows"]
-                        size = (
-                            kernel.choice.line.extents[r.tensor]
-                            if r.tensor.startswith(SLOT)
-                            else self._widest
-                        )
-                        rows.setdefault("", {})["rows", launch.where[r][0], -1] = size
-                        continue
-                    part, key, size = self._tensor(r.tensor, launch.depth, kernel)
-                    tier = kernel.choice.line.tiers[r.tensor]
-                    if (
-                        launch.layer < 0 or part == "tables"
-                    ):  # passes of the head lie side by side, and positions
-                        size += launch.slot.get(r.tensor, 0)
-                    # Phases whose weights are the same begin at the same address.
-                    phase = kernel.phase if part == "weights" and not self.apart else ""
-                    group = parts.setdefault(tier, {name: {} for name in PARTS})[part].setdefault(phase, {})
-                    group[key] = max(group.get(key, 0), size)
-        told: dict[str, dict[str, int]] = {}
-        for tier, named in parts.items():
-            for part, phases in named.items():
-                first = end = self.used[tier]
-                # The head's weights are no layer's.
-                common = {**phases.pop("head", {}), **phases.pop(vision.PHASE, {})}
-                for group in phases.values():
-                    at = first
-                    for key, size in group.items():
-                        self.address[key] = at
-                        at += ceil_div(size, line) * line
-                    end = max(end, at)
-                for key, size in common.items():
-                    self.address[key] = end
-                    end += ceil_div(size, line) * line
-                self.used[tier] = end
-                told.setdefault(tier, {})[part] = end - first
-        if self.model.experts:
-            for tier, size in self._lay_out_experts().items():
-                told.setdefault(tier, {})["experts"] = size
-        return told
-
-    def _moves(self, moves: Moves, tag: int) -> Segment:
-        line = self.spec.line_bytes
-        row = self.model.d_model * BF16_BYTES // line
-        runs: list[
-            list[int]
-        ] = []  # of rows that lie side by side, before and after: first lines, and how many
-        for source, a, target, b in moves.rows:
-            start, end = (
-                self.address["rows", names[n], -1] // line + at * row
-                for names, n, at in ((moves.source, source, a), (moves.target, target, b))
-            )
-            if runs and runs[-1][0] + runs[-1][2] == start and runs[-1][1] + runs[-1][2] == end:
-                runs[-1][2] += row
-            else:
-                runs.append([start, end, row])
-        hbm = TIERS.index("hbm")
-        codes = [
-            CODE.make("COPY", source=hbm, target=hbm, lines=lines, tag=tag, **{"from": start, "to": end})
-            for start, end, lines in runs
-        ]
-        return Segment({"code": np.concatenate([*codes, CODE.make("WAIT", tag=tag)])}, label=moves.tag)
-
-    # ---- experts ------------------------------------------------------------------------------------
-
-    def _stored(self, kernel: Kernel, tensor: str) -> tuple[object, ...]:
-        """What part of an expert's weights a section reads, and in what order: equal for slots that read the same."""
-        slot, *rest = tensor.removeprefix(EXPERT).split(".")
-        names = (op.name.removesuffix(f"_{slot}") for op in kernel.choice.ops if op.slot == int(slot))
-        return kernel.phase, *names, *(f"{k} {v}" for k, v in kernel.choice.tiles.items()), *rest
-
-    def _lay_out_experts(self) -> dict[str, int]:
-        """Give each expert its place in HBM, or one in DDR and, while it is at work, a region; bytes of both."""
-        m, line = self.model, self.spec.line_bytes
-        ends: dict[str, int] = {}
-        used: list[tuple[int, Launch, list[mixture.Expert]]] = []
-        for at, launch in enumerate(self.launches):
-            if not isinstance(launch, Launch) or not launch.experts:
-                continue
-            kernel = self.kernels[launch.kernel]
-            for tensor, size in kernel.choice.line.extents.items():
-                if tensor.startswith(EXPERT) and self._stored(kernel, tensor) not in self._within:
-                    self._within[self._stored(kernel, tensor)] = ends.get(kernel.phase, 0)
-                    ends[kernel.phase] = ends.get(kernel.phase, 0) + ceil_div(size, line) * line
-            used.append((at, launch, [(kernel.phase, launch.layer, e) for e in launch.experts]))
-        experts = [(phase, layer, e) for phase in ends for layer in range(m.layers) for e in range(m.experts)]
-        self._region = max(ends.values())
-        room = (self.spec.memory.hbm.bytes - self.used["hbm"]) // self._region
-        asked = self.document.get("regions", len(experts))
-        least = max(len(e) for _, _, e in used)
-        if type(asked) is not int or not least <= asked <= len(experts):
-            raise UserError(f"mapping: regions must be in {least}..{len(experts)}, not {asked!r}")
-        if room < least:
-            raise UserError(
-                f"{m.name}: beside {self.used['hbm'] / 1e9:.4g} GB of other things, a socket's HBM has room for {room} "
-                f"experts of {self._region / 1e9:.4g} GB; a section needs {least}; more sockets (node.sockets) share them"
-            )
-        self.residence = held = mixture.Residence(experts, min(asked, room))
-        self._first_expert = {"hbm": self.used["hbm"], "ddr": self.used["ddr"]}
-        told = {"hbm": held.regions * self._region}
-        if not held.fixed:
-            told["ddr"] = len(experts) * self._region
-            self.assumed.append("no expert is in HBM at the start")
-            if self.used["ddr"] + told["ddr"] > self.spec.memory.ddr.bytes:
-                raise UserError(
-                    f"{m.name}: a socket's DDR has {self.spec.memory.ddr.bytes / 1e9:.4g} GB, its share of the experts "
-                    f"is {told['ddr'] / 1e9:.4g} GB; more sockets (node.sockets) share them"
-                )
-        for tier, size in told.items():
-            self.used[tier] += size
-        launches = list(self.launches)
-        inserted = 0
-        for at, launch, asked_for in used:
-            regions, places = held.use(asked_for)
-            launches[at + inserted] = replace(launch, regions=tuple(regions))
-            if places:
-                tag = f"layer_{launch.layer}_copy_expert"
-                launches.insert(at + inserted, Copies(tuple(places), tag, launch.step, launch.layer))
-                inserted += 1
-        self.launches = launches
-        if self.trace.drawn:
-            self.assumed.append(
-                f"the {m.experts_per_token} experts of each token and layer: drawn uniformly, seed {self.scenario.seed}"
-            )
-        self.assumed.append(
-            "choosing experts from the router's scores, outside of the program, takes no time"
-        )
-        each = f"{len(experts)} experts of {self._region / 1e6:.4g} MB of a socket"
-        if held.fixed:
-            self.notes.append(f"{each} are in HBM")
-        else:
-            lines = self._region // line
-            ms = 1000 * float(copy_ticks(self.spec, lines) * self.spec.tick.period_s)
-            self.notes.append(
-                f"{each} are in DDR, HBM holds {held.regions}: {held.copies} of {held.uses} were copied when they were "
-                f"needed, in {ms:.4g} ms each"
-            )
-        return told
-
-    def _expert_place(self, launch: Launch, tensor: str) -> int:
-        """The first byte of a section's part of the expert in a slot."""
-        region = launch.regions[int(tensor.removeprefix(EXPERT).split(".")[0])]
-        within = self._within[self._stored(self.kernels[launch.kernel], tensor)]
-        return self._first_expert["hbm"] + region * self._region + within
-
-    def _copies(self, copies: Copies, tag: int) -> Segment:
-        line, size = self.spec.line_bytes, self._region
-        codes = [
-            CODE.make(
-                "COPY", source=TIERS.index("ddr"), target=TIERS.index("hbm"), lines=size // line, tag=tag,
-                **{
-                    "from": (self._first_expert["ddr"] + self.residence.number[place.expert] * size) // line,
-                    "to": (self._first_expert["hbm"] + place.region * size) // line,
-                },
-            )
-            for place in copies.places
-        ]  # fmt: skip
-        return Segment({"code": np.concatenate([*codes, CODE.make("WAIT", tag=tag)])}, label=copies.tag)
-
-    @staticmethod
-    def _is_row(tensor: str) -> bool:
-        """Whether a tensor holds rows between sections; in a mixture each slot has its own."""
-        return tensor.split(".")[0] in ACTIVATIONS and not tensor.endswith(PARAMETERS)
-
-    def _place(self, tensor: str, layer: int, kernel: Kernel) -> int:
-        """The first byte of a tensor."""
-        return self.address[self._tensor(tensor, layer, kernel)[1]]
-
-    @property
-    def _widest(self) -> int:
-        """Bytes of the largest matrix between sections."""
-        if self._most < 0:
-            self._most = max(
-                (
-                    n
-                    for k in self.kernels
-                    for t, n in k.choice.line.extents.items()
-                    if self._is_row(t) or k.choice.line.tiers[t] == "remote"
-                ),
-                default=0,
-            ) * max(1, self.scenario.batch)
-            self._most = max(self._most, self._most_rows)
-        return self._most
-
-    def _arguments(self, launch: Launch) -> dict[int, int]:
-        kernel = self.kernels[launch.kernel]
-
-        def value(r: Region) -> int:
-            if r.tensor.startswith(EXPERT):
-                return self._expert_place(launch, r.tensor) + r.offset
-            if r in launch.where:
-                tensor, at = launch.where[r]
-                return self.address["rows", tensor, -1] + at
-            return self._place(r.tensor, launch.depth, kernel) + r.offset + launch.slot.get(r.tensor, 0)
-
-        return {i: value(r) for i, r in enumerate(kernel.choice.line.arguments)}
 
     def _report(self) -> None:
         p, s, m = self.p, self.scenario, self.model
@@ -1123,18 +844,18 @@ class _Mapper:
             document.append(
                 {"phase": kernel.phase, "operators": [op.name for op in choice.ops], **choice.tiles}
             )
-        self.document = {**self.document, "sections": document, "memory": self.memory}
+        self.document = {**self.document, "sections": document, "memory": self.memory.told}
         hbm, ddr = self.spec.memory.hbm.bytes, self.spec.memory.ddr.bytes
         cache = 2 * m.layers * (1 if s.train else s.batch) * self._cache_bytes()
         self.notes.append(
-            f"memory of a socket: {self.used['hbm'] / 1e9:.4g} GB, of which KV cache {cache / 1e9:.4g} GB, weights once "
+            f"memory of a socket: {self.memory.used['hbm'] / 1e9:.4g} GB, of which KV cache {cache / 1e9:.4g} GB, weights once "
             f"for each phase in the order in which it streams them; HBM has {hbm / 1e9:.4g} GB, DDR {ddr / 1e9:.4g} GB"
         )
-        if self.used["hbm"] > hbm + ddr:
+        if self.memory.used["hbm"] > hbm + ddr:
             raise UserError(
-                f"{m.name} needs {self.used['hbm'] / 1e9:.4g} GB of a socket; HBM and DDR have {(hbm + ddr) / 1e9:.4g} GB"
+                f"{m.name} needs {self.memory.used['hbm'] / 1e9:.4g} GB of a socket; HBM and DDR have {(hbm + ddr) / 1e9:.4g} GB"
             )
-        if self.used["hbm"] > hbm:
+        if self.memory.used["hbm"] > hbm:
             self.notes.append("that is more than HBM has; timed as if it fitted")
 
     def draw(self) -> Callable[[], str] | None:
@@ -1156,10 +877,10 @@ class _Mapper:
         lines = ceil_div(self.model.d_model * BF16_BYTES, self.spec.line_bytes)
         for i, launch in enumerate(self.launches):
             if isinstance(launch, Copies):
-                yield self._copies(launch, number[launch.tag])
+                yield self.memory.copies(launch, number[launch.tag])
                 continue
             if isinstance(launch, Moves):
-                yield self._moves(launch, number[launch.tag])
+                yield self.memory.moves(launch, number[launch.tag])
                 continue
             if launch.kernel < 0:  # rows of the table of embeddings, which the host chooses
                 tag = number[launch.tag]
@@ -1168,7 +889,7 @@ class _Mapper:
                 continue
             kernel = self.kernels[launch.kernel]
             yield segment(
-                kernel.built, args=self._arguments(launch), index=i, load=launch.kernel != loaded, host=host,
+                kernel.built, args=self.memory.arguments(launch), index=i, load=launch.kernel != loaded, host=host,
                 tag=launch.tag, tags=self.tags,
             )  # fmt: skip
             loaded = launch.kernel

@@ -58,17 +58,17 @@ def step(mapping, batch=1, seed=0):
     def put(at, data, tier="hbm"):
         image[tier][at : at + len(data)] = data
 
-    put(mapper.address["rows", "x", -1], half(x))
+    put(mapper.memory.address["rows", "x", -1], half(x))
     for layer in range(m.layers):
         for i, name in enumerate(("keys", "values")):
             whole = np.zeros((batch, m.kv_dim, mapper.pitch), np.uint32)
             whole[:, :, :KEYS] = past[layer, i].transpose(0, 2, 1)
-            put(mapper.address["cache", name, layer], half(whole))
+            put(mapper.memory.address["cache", name, layer], half(whole))
     for launch in mapper.launches:
         if not hasattr(launch, "kernel"):
             continue
         kernel, w = mapper.kernels[launch.kernel], layers[launch.layer]
-        for r, at in zip(kernel.choice.line.arguments, mapper._arguments(launch).values(), strict=True):
+        for r, at in zip(kernel.choice.line.arguments, mapper.memory.arguments(launch).values(), strict=True):
             if r.tensor in ("cos", "sin", "mask") and not r.offset:
                 put(at, half({"cos": cos, "sin": sin, "mask": mask}[r.tensor]))
             elif r.tensor == "weights" and not r.offset:
@@ -82,12 +82,12 @@ def step(mapping, batch=1, seed=0):
             for e in range(EXPERTS):
                 named = {f"{name}_{slot}": w[f"{name}_{e}"] for name in ("up", "down", "gate")}
                 own = weights(kernel.choice, tensor, named)
-                number = mapper.residence.number[kernel.phase, launch.layer, e]
-                tier = "hbm" if mapper.residence.fixed else "ddr"
-                within = mapper._within[mapper._stored(kernel, tensor)]
-                put(mapper._first_expert[tier] + number * mapper._region + within, own, tier)
+                number = mapper.memory.residence.number[kernel.phase, launch.layer, e]
+                tier = "hbm" if mapper.memory.residence.fixed else "ddr"
+                within = mapper.memory._within[mapper.memory._stored(kernel, tensor)]
+                put(mapper.memory._first_expert[tier] + number * mapper.memory._region + within, own, tier)
     after, _ = interpret(spec, Program(rdu.ISA, mapper, mapper.tags), image)
-    at = mapper.address["rows", "x", -1]  # of two layers: x -> z -> x
+    at = mapper.memory.address["rows", "x", -1]  # of two layers: x -> z -> x
     got = after["hbm"][at : at + batch * 64].view(np.uint16).reshape(batch, 32)
     banks = {b.name: b.part + 1 for k in mapper.kernels for b in k.choice.banks}
     how = reference.Layer(1, banks["qkv"], banks["down_0"])
@@ -117,7 +117,7 @@ def step(mapping, batch=1, seed=0):
 def test_values(mapping, batch):
     got, expected, mapper = step(mapping, batch)
     assert np.array_equal(got, expected)
-    assert mapper.residence.fixed == ("regions" not in mapping)
+    assert mapper.memory.residence.fixed == ("regions" not in mapping)
 
 
 def prompt(rows, mapping, seed=0):
@@ -152,12 +152,12 @@ def prompt(rows, mapping, seed=0):
             held.append(np.pad(words, (0, -len(words) % p.lanes)))
         return half(np.concatenate(held))
 
-    put(mapper.address["rows", "x", -1], blocked(x))
+    put(mapper.memory.address["rows", "x", -1], blocked(x))
     for launch in mapper.launches:
         if not hasattr(launch, "kernel"):
             continue
         line = mapper.kernels[launch.kernel].choice.line
-        for r, at in zip(line.arguments, mapper._arguments(launch).values(), strict=True):
+        for r, at in zip(line.arguments, mapper.memory.arguments(launch).values(), strict=True):
             if r.offset:
                 continue
             if r.tensor in ("cos", "sin"):
@@ -173,7 +173,7 @@ def prompt(rows, mapping, seed=0):
                 own = w[f"{op[:-1]}{launch.experts[0]}" if launch.experts else op]
                 put(at, product(line, r.tensor, name, own))
     after, _ = interpret(spec, Program(rdu.ISA, mapper, mapper.tags), image)
-    got = after["hbm"][mapper.address["rows", "z", -1] :][: rows * 64].view(np.uint16)
+    got = after["hbm"][mapper.memory.address["rows", "z", -1] :][: rows * 64].view(np.uint16)
     got = got.reshape(-1, 32, p.lanes).transpose(0, 2, 1).reshape(rows, 32)
     sections = mapper.document["sections"]
     attends = next(s for s in sections if "attention" in s["operators"])

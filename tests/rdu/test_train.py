@@ -42,7 +42,7 @@ class Memory:
         self.put("rate", -1, rate.view(np.uint8))
 
     def at(self, name, layer):
-        return self.mapper.address.get(train.place(name, layer)[1])
+        return self.mapper.memory.address.get(train.place(name, layer)[1])
 
     def blocked(self, a):
         """As a matrix lies off chip; rows that are missing in the last block are zero."""
@@ -256,7 +256,7 @@ def test_gradients_of_sequences_are_added_up(change):
     name = "embedded" if learned else "x"
     run.half(name, 0, rows[0])
     for b in range(1, sequences):
-        at = run.mapper.address["rows", f"{name} {b}", -1]
+        at = run.mapper.memory.address["rows", f"{name} {b}", -1]
         data = half(run.blocked(rows[b]))
         run.image["hbm"][at : at + data.size] = data
     run.run()

@@ -70,13 +70,13 @@ def run(prompt, mapping, batch=1):
     def put(at, data):
         image["hbm"][at : at + len(data)] = data
 
-    put(mapper.address["rows", "x", -1], blocked(x))
+    put(mapper.memory.address["rows", "x", -1], blocked(x))
     for launch in mapper.launches:
         kernel = mapper.kernels[launch.kernel]
         line = kernel.choice.line
         seen = kernel.phase == vision.PHASE
         own = (layers[launch.layer] if 0 <= launch.layer < TOWER.layers else outer) if seen else w
-        for r, at in zip(line.arguments, mapper._arguments(launch).values(), strict=True):
+        for r, at in zip(line.arguments, mapper.memory.arguments(launch).values(), strict=True):
             if r.offset:
                 continue
             if r.tensor == vision.PIXELS:
@@ -92,7 +92,7 @@ def run(prompt, mapping, batch=1):
             elif r.tensor in own:
                 put(at, half(own[r.tensor]))
     after, _ = interpret(spec, Program(rdu.ISA, mapper, mapper.tags), image)
-    got = after["hbm"][mapper.address["rows", "z", -1] :][: prompt * 32].view(np.uint16)
+    got = after["hbm"][mapper.memory.address["rows", "z", -1] :][: prompt * 32].view(np.uint16)
     how = reference.Layer()
     sections = mapper.document["sections"]
     room = next(s["keys"] for s in sections if s["phase"] == "prompt" and "attention" in s["operators"])
