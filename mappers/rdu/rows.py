@@ -81,9 +81,9 @@ class Rows:
         """Units that a product needs, and their gates; None for other operators. Raises UserError where none suffice."""
         if op.kind != "product":
             return None
-        depth, columns = self.columns(op.reads[0]), self.columns(op.writes[0])
+        depth = self.columns(op.reads[0])
         parts = 1 if op.reads[0] == "a" else self.parts(depth)
-        outs = 1 if op.writes[0] == "qkv" else self.parts(columns)
+        outs = self._outs(op.writes[0])
         ranges = [Range(i, 0, i * (depth // parts), depth // parts) for i in range(parts)]
         return self._demand(op, ranges, outs)
 
@@ -171,9 +171,18 @@ class Rows:
             parts += 1
         return parts
 
+    def _outs(self, tensor: str) -> int:
+        """Ranges of the columns in which a product gives a matrix: queries, keys and values come together, where there is
+        room for them."""
+        columns = self.columns(tensor)
+        if tensor != "qkv":
+            return self.parts(columns)
+        fits = self.line.buffers * self.p.lanes * columns <= self.line.capacity
+        return 1 if fits or self.share.heads != self.share.kv_heads else 3
+
     def _load(self, tensor: str) -> Matrix:
         columns = self.columns(tensor)
-        parts = 1 if tensor in ("q", "qkv") else self.parts(columns)
+        parts = 1 if tensor == "q" else self._outs(tensor)
         column = self.p.lanes * BF16_BYTES
         out = []
         for i in range(parts):
@@ -358,7 +367,7 @@ class Rows:
         line, name = self.line, op.name
         x = self.at[op.reads[0]]
         columns = self.columns(op.writes[0])
-        outs = 1 if op.writes[0] == "qkv" else self.parts(columns)
+        outs = self._outs(op.writes[0])
         biased, groups = has_bias(self.model, name), groups_of(self.model, op)
         firsts = accumulate((part.columns for part in x), initial=0)
         ranges = [Range(i, 0, at, part.columns) for i, (part, at) in enumerate(zip(x, firsts, strict=False))]
@@ -424,15 +433,24 @@ class Rows:
     def _positions(self, op: Op) -> None:
         """Rotary positions where the model has them; keys and values go to the cache."""
         line, m, s, name = self.line, self.model, self.share, op.name
-        qkv = self._whole(self.at[op.reads[0]])
-        dim, heads = m.head_dim, s.heads + s.kv_heads
-        turned = qkv
-        if m.position == "rotary":
-            turned = rotated(line, name, qkv, dim, heads)
-        self.at[op.writes[0]] = [line.read(f"{name}.q", name, turned, [(s.q_dim, 1)])]
+        dim, given = m.head_dim, self.at[op.reads[0]]
+        if len(given) == 3:  # each by itself
+            parts = list(given)
+            if m.position == "rotary":
+                parts[:2] = (
+                    rotated(line, f"{name}.{what}", flow, dim, s.heads)
+                    for what, flow in zip(("queries", "keys"), given, strict=False)
+                )
+            queries, keys, values = ((flow, 0) for flow in parts)
+        else:
+            qkv = turned = self._whole(given)
+            if m.position == "rotary":
+                turned = rotated(line, name, qkv, dim, s.heads + s.kv_heads)
+            queries, keys, values = (turned, 0), (turned, s.q_dim), (qkv, s.q_dim + s.kv_dim)
+        self.at[op.writes[0]] = [line.read(f"{name}.q", name, queries[0], [(s.q_dim, 1)])]
         token = self.p.lanes * BF16_BYTES
         row = self.pitch * BF16_BYTES
-        for at, source, first in (("keys", turned, s.q_dim), ("values", qkv, s.q_dim + s.kv_dim)):
+        for at, (source, first) in (("keys", keys), ("values", values)):
             flow = line.read(f"{name}.{at}", name, source, [(s.kv_dim, 1)], first=first)
             line.store(
                 f"{name}.{at}.store", name, flow, at, offset=self.context * BF16_BYTES, row=token, column=row

@@ -73,7 +73,7 @@ class Search:
         section of `rows` have places by their stages; `prefix` is put before the kernel's name.
         """
         start = time.monotonic()
-        best: tuple[tuple[int, Fraction], Choice, Built] | None = None
+        best: tuple[tuple[int, Fraction, int], Choice, Built] | None = None
         while True:
             for number in range(TRIES):
                 section = Section(self.params, f"{phase} {choice.name}")
@@ -90,7 +90,7 @@ class Search:
                 except UserError:  # more streams on a link than it has flows
                     continue
                 blocked, apart, held = self.kept_apart(choice, built)
-                score = blocked, _load(held)
+                score = blocked, _load(held), len(held.netlist.units)  # tokens delay what they hold back
                 if best is None or score < best[0]:
                     best = score, apart, held
                 if not blocked and score[1] <= CROWDED:
@@ -106,7 +106,7 @@ class Search:
             choice = fewer
         if best is None:
             return None
-        (blocked, _), choice, built = best
+        (blocked, *_), choice, built = best
         return Kernel(prefix + choice.name, phase, choice, built, time.monotonic() - start, blocked)
 
     def kept_apart(self, choice: Choice, built: Built) -> tuple[int, Choice, Built]:

@@ -31,13 +31,13 @@ GPT = {"norm": "layernorm", "activation": "gelu_tanh", "gated_mlp": False, "posi
 UNITS = {"qkv": 2, "attention_out": 1, "gate": 3, "up": 2, "down": 2}
 
 
-def machine(stages=8, sockets=1):
+def machine(stages=8, sockets=1, sets=()):
     tree = specs.load_tree("plasticine", ["rdu"])
     sets = [
         f"pcu.lanes={max(LANES, 16 if stages > 8 else 8)}", f"pcu.stages={stages}", "pmu.banks=32", "pmu.bytes=65536",
         "pcu.systolic=true", "memory.ddr.channels=16", "memory.hbm.channels=16", "memory.hbm.bytes=1048576",
         "node.p2p_channels=16", "grid.columns=24", "grid.rows=16", "agcu.per_side=16",
-        f"node.sockets={sockets}",
+        f"node.sockets={sockets}", *sets,
     ]  # fmt: skip
     return specs.build(rdu.RduSpec, specs.apply_sets(tree, sets), "small")
 
@@ -125,9 +125,9 @@ def random_weights(model, rng):
     return w, make
 
 
-def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
+def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8, sets=()):
     """(rows that the machine gives, rows of the reference), bfloat16 in 16 bits."""
-    spec = machine(stages)
+    spec = machine(stages, sets=sets)
     p = spec.params()
     lanes, m, d = p.lanes, model, model.d_model
     keys = keys or context + rows
@@ -223,6 +223,14 @@ def prompt(model, *, rows, tiles, context=0, keys=None, window=None, stages=8):
 )
 def test_prompt(change, arguments):
     got, expected = prompt(replace(MODEL, **change), **arguments)
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("change", [{}, {"norm": "layernorm", "position": "learned", **BIASED}])
+def test_queries_keys_and_values_that_one_unit_can_not_hold(change):
+    # 8 lanes x 3 x 32 columns x 2 buffers are 1536 words, of 1024.
+    model = replace(MODEL, heads=4, kv_heads=4, d_model=32, d_ff=32, **change)
+    got, expected = prompt(model, rows=32, tiles=Tiles(1, 4, UNITS), sets=("pmu.bytes=4096",))
     assert np.array_equal(got, expected)
 
 
