@@ -31,7 +31,7 @@ from tilewright.mappers.rdu.coe import map_composition
 from tilewright.mappers.rdu.launches import Copies, Launch, Moves
 from tilewright.mappers.rdu.layer import CHOSEN, SLOT, Op, Share, expert_operators, layer_operators
 from tilewright.mappers.rdu.memory import ACTIVATIONS, Memory, is_row
-from tilewright.mappers.rdu.plan import Choice, Limits, cut, kept, plan_rows, plan_vectors
+from tilewright.mappers.rdu.plan import Choice, Limits, Plan, cut, kept, plan_rows, plan_vectors
 from tilewright.mappers.rdu.search import Kernel, Search, Smaller
 from tilewright.mappers.rdu.section import Built, segment
 from tilewright.mappers.rdu.stages import BF16_BYTES, Region, ceil_div
@@ -288,7 +288,7 @@ class _Mapper:
         def kernels(
             some: Sequence[Op], later: Sequence[Op], result: Sequence[str], plan: Any = plan
         ) -> list[int]:
-            choices = self._cut(some, kept(some, later, result), plan, "prompt")
+            choices = self._cut(some, kept(some, later, result), self._roomy(plan), "prompt")
             return [
                 self._kernel("prompt", choice, partial(plan, choice.ops, choice.keep)) for choice in choices
             ]
@@ -340,7 +340,7 @@ class _Mapper:
 
             return [
                 self._kernel(vision.PHASE, choice, partial(plan, choice.ops, choice.keep))
-                for choice in self._cut(some, kept(some, later, [result]), plan, "an image")
+                for choice in self._cut(some, kept(some, later, [result]), self._roomy(plan), "an image")
             ]
 
         tower, widths = seen.tower, vision.widths(seen)
@@ -427,15 +427,6 @@ class _Mapper:
         def plan(
             some: Sequence[Op], keep: Sequence[str], limits: Limits = self.limits, rows: int = s.train
         ) -> Choice | None:
-            # An operator that is too large for such a section may have one with more units.
-            larger = () if self.document["percent"] or limits != self.limits else ALONE_PERCENTS
-            for limit in (limits, *(map(self._limits, larger) if len(some) == 1 else ())):
-                found = tiled(some, keep, limit, rows)
-                if found is not None:
-                    return found
-            return None
-
-        def tiled(some: Sequence[Op], keep: Sequence[str], limits: Limits, rows: int) -> Choice | None:
             # What memory binds has many streams, which share its channels evenly.
             wide = train.WIDE if all(op.kind in train.ELEMENTS for op in some) else (None,)
             for groups in (self.document["groups"],) if self.document["groups"] else wide:
@@ -453,7 +444,7 @@ class _Mapper:
             """Sections; one whose streams wait behind one another is cut in two."""
             own = partial(plan, rows=rows)
             out = []
-            for choice in self._cut(some, kept(some, later, result), own, "a step of training"):
+            for choice in self._cut(some, kept(some, later, result), self._roomy(own), "a step of training"):
                 k = self._kernel(train.PHASE, choice, partial(own, choice.ops, choice.keep))
                 half = len(choice.ops) // 2
                 if self.kernels[k].blocked and half:
@@ -743,6 +734,19 @@ class _Mapper:
     def _embed(self, step: int, rows: int) -> None:
         if self.scenario.embedding and rows:
             self.launches.append(Launch(-rows, "embedding", step, -1))
+
+    def _roomy(self, plan: Callable[[Sequence[Op], Sequence[str], Limits], Choice | None]) -> Plan:
+        """As `plan`, but that an operator over rows which is too large by itself may have more units."""
+
+        def planned(some: Sequence[Op], keep: Sequence[str]) -> Choice | None:
+            larger = () if self.document["percent"] or len(some) > 1 else ALONE_PERCENTS
+            for limits in (self.limits, *map(self._limits, larger)):
+                found = plan(some, keep, limits)
+                if found is not None:
+                    return found
+            return None
+
+        return planned
 
     def _cut(
         self, ops: Sequence[Op], result: Sequence[str], plan: Callable[..., Choice | None], what: str

@@ -17,7 +17,7 @@ from tilewright.mappers.rdu.rows import Rows
 from tilewright.mappers.rdu.stages import Pipeline, ceil_div
 from tilewright.mappers.rdu.vectors import Vectors
 
-__all__ = ["Choice", "Limits", "cut", "plan_rows", "plan_vectors"]
+__all__ = ["Choice", "Limits", "Plan", "cut", "plan_rows", "plan_vectors"]
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
 SLACK = Fraction(21, 20)
