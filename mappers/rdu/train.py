@@ -94,6 +94,10 @@ def check(share: Share, p: RduParams, whole: bool = True) -> None:
         rows, columns = shape(share, name, p)
         if groups > 1 and name in SPARSE:  # a group's columns need not be whole vectors
             rows, columns = rows // groups, 0
+            if rows % lanes == 0 and rows > lanes and rows // lanes % 2:
+                raise UserError(
+                    f"{model.name}: {rows} rows of a group of {name} are no even number of blocks of {lanes}, as training needs"
+                )
         for n, what in ((rows, "rows"), (columns, "columns")):
             if name not in NORMS and not name.endswith(BIAS) and n % lanes:
                 raise UserError(
@@ -502,6 +506,10 @@ class Training(Rows):
         turns = op.name.removesuffix(GRADIENT) not in TO_STREAM  # how the columns of x belong to groups
         rows = pieces(inner, groups, 0, inner, turns)
         columns = pieces(self.columns(dy), groups, 0, self.columns(dy), True)
+        blocks = self.tiles.groups * self.tiles.blocks
+        if groups > 1 and blocks * self.p.lanes != rows[0].count:
+            # What fills up blocks would be written over the next group's rows.
+            raise UserError(f"{op.name}: {rows[0].count} rows of a group of weights are not {blocks} blocks")
         result, places = [], []
         for a, b in zip(rows, columns, strict=True):
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from tests.rdu.test_layer import half, machine
 from tilewright.arch import rdu
 from tilewright.arch.errors import UserError
 from tilewright.arch.isa import Program
+from tilewright.arch.registry import load_spec
 from tilewright.arch.scenario import Scenario
 from tilewright.mappers.rdu import _Mapper, document_of, map_model, train
 from tilewright.mappers.rdu.layer import Share
+from tilewright.mappers.rdu.plan import Limits, plan_rows
 from tilewright.workloads import rdu_layer
 from tilewright.workloads import rdu_train as reference
+from tilewright.workloads.models import load_model
 from tilewright.workloads.rdu import blank_image, interpret
 
 MODEL = replace(test_layer.MODEL, kv_heads=2)
@@ -327,6 +331,26 @@ def test_values_outside_the_layers(change, sockets, mapping, stages):
     got, expected = step(m, 32, mapping, stages, 0, True, sockets)
     wrong = [name for name in expected if not np.array_equal(got[name], expected[name])]
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["qkv", "attention_out", "up", "down"])
+def test_blocks_of_a_group_of_sparse_weights_are_never_filled_up(name):
+    # 640 rows of a group are 40 blocks; 3 groups of tiles would take 42, the last two of them the next group's rows.
+    spec, model = load_spec("sn40l-node"), load_model("sparse-gpt-13b")
+    p, share = spec.params(), Share(model, 8)
+    op = next(op for op in train.weight_gradients(model) if op.name == f"{name}_dw")
+    rows, _ = train.gradient_shape(share, op, 512, p)
+    found = plan_rows(
+        p, share, [op], op.writes, Limits.of(p, Fraction(2, 5)), rows=rows, keys=512, pitch=512, context=0, window=None,
+        attended=512, builder=train.Training,
+    )  # fmt: skip
+    assert rows == 640 == found.tiles["groups"] * found.tiles["blocks"] * p.lanes
+
+
+def test_groups_of_sparse_weights_have_whole_blocks():
+    spec, model = load_spec("sn40l-node"), load_model("sparse-gpt-13b")
+    with pytest.raises(UserError, match="48 rows of a group of qkv are no even number of blocks of 16"):
+        train.check(Share(replace(model, weight_groups=8, d_model=384, d_embed=384)), spec.params())
 
 
 # ---- the reference against calculus ------------------------------------------------------------------
